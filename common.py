@@ -1,0 +1,563 @@
+"""What the four scripts share: the command line, clips (real folders and procedural worlds), small helpers for
+noise levels, and what every run writes. Nothing here belongs to one paper.
+
+Tensors: video (B, C, T, H, W) and frame (B, C, H, W), float in [-1, 1]; a stored clip is uint8 (T, 3, H, W).
+Flow (2, H, W) in pixels, channel 0 = x (right), 1 = y (down): frame2(p + flow(p)) = frame1(p).
+"""
+import argparse
+import fcntl
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
+from tqdm import tqdm
+
+IMAGES, TENSORS = {".jpg", ".jpeg", ".png", ".webp"}, {".npy", ".npz", ".pt"}
+FOLDERS = {"sky": ("sky_timelapse",), "mazes": ("gqn_mazes", "mazes"), "minerl": ("minerl_navigate",),
+           "carla": ("carla_no_traffic",), "biking": ("mountain_biking",), "riding": ("horseback_riding",)}
+
+
+class Fault(Exception):
+    """Something the user can mend: shown as one line, exit status 2."""
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+def opt(default, help, lo=None, hi=None, choices=None):
+    """A Config field: its default, its line in --help, and what it may be."""
+    return field(default=default, metadata=dict(help=help, lo=lo, hi=hi, choices=choices))
+
+
+def parse_args(Config, presets, doc, argv=None):
+    """Config from the command line: what the user gave, over the preset's values, over the defaults. Raises Fault."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: (_ for _ in ()).throw(Fault(f"{message}; --help lists every flag"))
+    for f in fields(Config):
+        default = f", ".join(f"{p} {v.get(f.name, f.default)}" for p, v in presets.items()) \
+            if any(f.name in v for v in presets.values()) else f.default
+        text = f"{f.metadata['help']} [{default}]".replace("%", "%%")
+        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
+        parser.add_argument(f"--{f.name}", default=MISSING, help=text, **kind)
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not MISSING}
+    preset = given.get("preset", "auto")
+    if preset == "auto":
+        preset = "small" if torch.cuda.is_available() and given.get("device", "auto") != "cpu" else "tiny"
+    if preset not in presets:
+        raise Fault(f"--preset {preset}: unknown; choose one of {', '.join(presets)}")
+    cfg = Config(**{**presets[preset], **given, "preset": preset})
+    for f in fields(Config):
+        v, m = getattr(cfg, f.name), f.metadata
+        if m["choices"] and v not in m["choices"]:
+            raise Fault(f"--{f.name} {v}: unknown; choose one of {', '.join(map(str, m['choices']))}")
+        if m["lo"] is not None and not m["lo"] <= v <= m["hi"]:  # also refuses nan
+            raise Fault(f"--{f.name} {v}: must lie between {m['lo']} and {m['hi']}")
+    return cfg
+
+
+def run(main):
+    """Call main(); a Fault or Ctrl-C ends in one line instead of a traceback."""
+    try:
+        main()
+    except Fault as e:
+        sys.exit(print(f"error: {str(e).strip().splitlines()[-1]}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("interrupted; what was saved before is intact", file=sys.stderr) or 130)
+
+
+def pick_device(name):
+    """'auto' -> cuda, mps or cpu, whichever is there; a device that is not there is a Fault."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise Fault(f"--device {name} cannot be used here ({str(e).splitlines()[0]}); try --device cpu")
+    return torch.device(name)
+
+
+# ---------------------------------------------------------------------------------------------- real clips
+
+def _number(path):
+    """Frames sort by the last number in their name, else by name."""
+    digits = re.findall(r"\d+", path.stem)
+    return (int(digits[-1]) if digits else -1, path.name)
+
+
+def _sources(root):
+    """Every clip below root: a folder of frames (list of paths), or one animated or tensor file (path)."""
+    found = []
+    for folder, subfolders, names in sorted(os.walk(root)):
+        paths = [Path(folder, n) for n in names if not n.startswith(".")]
+        found += sorted(p for p in paths if p.suffix.lower() in TENSORS | {".gif"})
+        frames = sorted((p for p in paths if p.suffix.lower() in IMAGES), key=_number)
+        if frames and frames[0].suffix.lower() == ".webp" and getattr(Image.open(frames[0]), "n_frames", 1) > 1:
+            found += frames
+        elif frames:
+            found.append(frames)
+    return found
+
+
+def _fit(image, size):
+    """Any PIL image as uint8 (3, size, size): largest centred square, antialiased."""
+    return torch.from_numpy(np.array(ImageOps.fit(image.convert("RGB"), (size, size), Image.BICUBIC))).permute(2, 0, 1)
+
+
+def _tensor_clip(path, size):
+    """A .npy/.npz/.pt clip (T, H, W, C) or (T, C, H, W), uint8 or float in [0, 1], [-1, 1] or [0, 255]."""
+    a = torch.load(path, weights_only=True, map_location="cpu") if path.suffix == ".pt" else np.load(path)
+    a = torch.as_tensor(a if path.suffix != ".npz" else a[a.files[0]])
+    if a.ndim != 4 or 3 not in (a.shape[1], a.shape[-1]):
+        raise ValueError(f"shape {tuple(a.shape)} is neither (T, H, W, 3) nor (T, 3, H, W)")
+    a = a if a.shape[-1] == 3 else a.permute(0, 2, 3, 1)
+    if a.is_floating_point():
+        if not a.isfinite().all():
+            raise ValueError("holds values that are not finite")
+        a = (a + 1) * 127.5 if a.min() < 0 else a * 255 if a.max() <= 1 else a
+    a = a.round().clamp(0, 255).to(torch.uint8).numpy()
+    return torch.stack([_fit(Image.fromarray(x), size) for x in a])
+
+
+def read_clip(source, size, start=0, stop=None):
+    """One clip, or frames start..stop of it, as uint8 (T, 3, size, size). Raises OSError or ValueError if broken."""
+    if isinstance(source, list):
+        images = [Image.open(p) for p in source[start:stop]]
+        if len({im.size for im in images}) > 1:
+            raise ValueError("its frames differ in size")
+        return torch.stack([_fit(im, size) for im in images])
+    if source.suffix.lower() in TENSORS:
+        return _tensor_clip(source, size)[start:stop]
+    with Image.open(source) as im:
+        return torch.stack([_fit(f, size) for f in ImageSequence.Iterator(im)])[start:stop]
+
+
+def _split(root, split):
+    """The clips of 'train' or 'test': sub-folders in any usual spelling, else a seeded 80-20 split over clips."""
+    sub = {s: [d for d in sorted(root.iterdir()) if d.is_dir() and re.search(word, d.name.lower())]
+           for s, word in (("train", "train"), ("test", "test|val"))}
+    if sub["train"] and sub["test"]:
+        return [c for d in sub[split] for c in _sources(d)]
+    clips = _sources(root)
+    order = np.random.default_rng(42).permutation(len(clips))
+    n_test = max(1, round(0.2 * len(clips)))
+    return [clips[i] for i in sorted(order[:n_test] if split == "test" else order[n_test:])]
+
+
+def _name(source):
+    return str(source[0].parent.name if isinstance(source, list) else source.name)
+
+
+class Clips(torch.utils.data.Dataset):
+    """Clips of one split. `frames(i, a, b)` is uint8 (b - a, 3, H, W); small sets are held in memory, others read."""
+
+    def __init__(self, sources, lengths, size, cache):
+        self.sources, self.lengths, self.size, self.cache = sources, lengths, size, cache
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def frames(self, i, start=0, stop=None):
+        if self.cache is not None:
+            return self.cache[i][start:stop]
+        try:
+            return read_clip(self.sources[i], self.size, start, stop)
+        except (OSError, ValueError) as e:
+            raise Fault(f"clip {_name(self.sources[i])} cannot be read any more: {e}")
+
+
+def load_real(root, split, size, min_frames, max_bytes=4 << 30):
+    """Real clips below root. Broken or too short ones are skipped with one warning; none left is a Fault."""
+    sources, bad = _split(root, split), {}
+    lazy = sum(len(s) for s in sources if isinstance(s, list)) * 3 * size * size > max_bytes
+
+    def read(source):
+        try:
+            if lazy and isinstance(source, list):
+                read_clip(source, size, 0, 1)
+                return len(source), None
+            clip = read_clip(source, size)
+            return len(clip), clip
+        except (OSError, ValueError, SyntaxError, EOFError, RuntimeError, KeyError, IndexError) as e:
+            return 0, str(e).splitlines()[0][:80]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(tqdm(pool.map(read, sources), f"reading {root.name} {split}", len(sources), leave=False))
+    for source, (n, clip) in zip(sources, results):
+        if n < min_frames:
+            bad[_name(source)] = clip if n == 0 and isinstance(clip, str) else f"only {n} of {min_frames} frames"
+    if bad:
+        print(f"warning: skipped {len(bad)} of {len(sources)} {split} clips in {root}: "
+              + ", ".join(f"{k} ({v})" for k, v in bad.items()), file=sys.stderr)
+    keep = [(s, n, c) for s, (n, c) in zip(sources, results) if n >= min_frames]
+    if not keep:
+        raise Fault(f"no usable {split} clips in {root}: a clip is a folder of numbered jpg/png/webp frames, an animated "
+                    f"gif/webp, or a .npy/.npz/.pt tensor, of at least {min_frames} frames; two clips at least")
+    sources, lengths, cache = zip(*keep)
+    return Clips(sources, lengths, size, None if lazy else cache)
+
+
+def load_clips(dataset, data_dir, size, counts, frames, seed, min_frames=2, **world):
+    """Train and test clips of a set, and whether they are 'real' or 'procedural'.
+
+    Real clips are looked for in data_dir ('' = data) under the set's name; where there are none and data_dir is '',
+    a procedural world of that name is rendered: counts = (train, test) clips of `frames` frames. Raises Fault.
+    """
+    names = (dataset, *FOLDERS.get(dataset, ()))
+    places = [Path(data_dir or "data", n) for n in names]
+    root = next((p for p in places if p.is_dir()), None)
+    if root is not None:
+        return load_real(root, "train", size, min_frames), load_real(root, "test", size, min_frames), "real"
+    looked = "no clips found: looked in " + ", ".join(map(str, places))
+    if dataset not in (*FOLDERS, *WORLDS):
+        raise Fault(f"--dataset {dataset}: {looked}; name a folder of clips there, or one of {', '.join(FOLDERS)}")
+    if data_dir or dataset not in WORLDS:
+        raise Fault(f"--dataset {dataset}: {looked}; the README says where to get it"
+                    + (", and without --data_dir a procedural world is used" if dataset in WORLDS else
+                       f" (procedural worlds, for a start: {', '.join(WORLDS)})"))
+    print(f"*** {looked}.\n*** PROCEDURAL world '{dataset}' is used instead: nothing below is real video. ***")
+    return *(render(dataset, s, n, size, frames, seed, **world) for s, n in zip(("train", "test"), counts)), "procedural"
+
+
+class Batches(torch.utils.data.Dataset):
+    """Item `step` is that step's batch of `length` consecutive frames, uint8 (B, length, 3, H, W), drawn evenly from all
+    there are: a function of (seed, step) alone, so a resumed run sees what an uninterrupted one would have seen."""
+
+    def __init__(self, clips, batch, length, seed):
+        self.clips, self.batch, self.length, self.seed = clips, batch, length, seed
+        self.ends = np.cumsum([max(0, n - length + 1) for n in clips.lengths])  # starts up to and including each clip
+
+    def __getitem__(self, step):
+        at = np.random.default_rng([self.seed, step]).integers(self.ends[-1], size=self.batch)
+        clip = np.searchsorted(self.ends, at, side="right")
+        start = at - np.concatenate([[0], self.ends])[clip]
+        return torch.stack([self.clips.frames(i, a, a + self.length) for i, a in zip(clip, start)])
+
+
+def batches(clips, batch, length, seed, steps, device):
+    """The batches of `steps` (a range); frames that are read from disk are read by workers, ahead of the training."""
+    workers = 0 if clips.cache is not None else min(8, os.cpu_count())
+    return torch.utils.data.DataLoader(Batches(clips, batch, length, seed), batch_size=None, sampler=steps,
+                                       num_workers=workers, pin_memory=device.type == "cuda")
+
+
+# ---------------------------------------------------------------------------------------------- procedural worlds
+
+def world_rng(seed, split, index):
+    """The random stream of one clip: the same for the same (seed, split, index), different for any other."""
+    return np.random.default_rng([seed, {"train": 0, "test": 1}[split], index])
+
+
+class Rendered(torch.utils.data.Dataset):
+    """Item i is clip i of a procedural world, uint8 (T, 3, H, W)."""
+
+    def __init__(self, name, split, size, frames, seed, **world):
+        self.args = name, split, size, frames, seed, world
+
+    def __getitem__(self, i):
+        name, split, size, frames, seed, world = self.args
+        return WORLDS[name](world_rng(seed, split, i), size, frames, **world)["video"]
+
+
+def render(name, split, count, size, frames, seed, **world):
+    """`count` clips of a procedural world, held in memory."""
+    workers = min(8, os.cpu_count()) if count * frames * size**2 > 4e6 else 0
+    loader = torch.utils.data.DataLoader(Rendered(name, split, size, frames, seed, **world), batch_size=None,
+                                         sampler=range(count), num_workers=workers)
+    cache = [v.clone() for v in tqdm(loader, f"rendering {name} {split}", leave=False)]
+    return Clips(None, [frames] * count, size, cache)
+
+
+def sky(rng, size, frames, wind="known", flow=False):
+    """Two layers of cloud drifting over a sky gradient behind a ridge of hills.
+
+    Wind speed .5 to 1.5 px a frame at 32 px; with wind='known' it follows the hour of day, so one frame determines
+    the motion; 'unknown' draws it apart. Returns video uint8 (T, 3, H, W), with flow=True also the exact forward flow
+    (T-1, 2, H, W) and `visible` (T-1, H, W), True where one layer alone makes the pixel, here and at its target.
+    """
+    hour, speed = rng.uniform(size=2)  # 0 = noon, calm ... 1 = dusk, windy
+    speed = (0.5 + (hour if wind == "known" else speed)) * size / 32
+    n = 2 ** math.ceil(math.log2(size + speed * frames + 1))  # torus wide enough that nothing comes round again
+    fy, fx = np.fft.fftfreq(2 * size)[:, None], np.fft.rfftfreq(n)[None]
+    f = np.hypot(fx * 1.0, fy * 1.6) * size / 32  # clouds are wider than high
+    layers = []
+    for drift, power, cover, sharp in ((0.5, 1.9, rng.uniform(-0.8, 0.3), 2.0), (1.0, 2.1, rng.uniform(-0.6, 0.5), 5.0)):
+        amplitude = np.where(f > 0, np.maximum(f, 1 / 40) ** -power, 0) * np.exp(-((f / 0.25) ** 4))
+        spec = amplitude * np.exp(2j * np.pi * rng.uniform(size=f.shape))  # band-limited: sub-pixel drift is exact
+        lit = spec * (1 - np.exp(-2j * np.pi * fy * 2.5 * size / 32))  # light from above: density minus density above
+        rows = np.fft.ifft(np.stack([spec, lit]), axis=1)[:, :size]  # (2, H, n/2+1), still a spectrum along x
+        rows[0] /= np.fft.irfft(rows[0], n).std()
+        rows[1] /= np.fft.irfft(rows[1], n).std()
+        shift = np.exp(-2j * np.pi * fx * drift * speed * np.arange(frames)[:, None])  # (T, n/2+1)
+        density, light = np.fft.irfft(rows[:, None] * shift[None, :, None], n)[..., :size].astype(np.float32)
+        layers.append((1 / (1 + np.exp(-sharp * (density + cover))), light))  # opacity, light: (T, H, W)
+    tone = lambda *keys: np.array([np.interp(hour, [0, 0.55, 1], k) for k in zip(*keys)], np.float32)  # (3,)
+    top, low = tone((40, 100, 190), (80, 105, 165), (45, 40, 95)), tone((165, 205, 240), (245, 205, 150), (235, 110, 80))
+    bright, dark = tone((252, 252, 255), (255, 235, 205), (250, 170, 130)), tone((165, 175, 190), (160, 130, 130), (80, 60, 95))
+    y = np.linspace(0, 1, size, dtype=np.float32)[:, None]
+    picture = (top + (low - top) * y**1.3)[:, None]  # (H, 1, 3); constant along x, so that drift is exact
+    for (alpha, light), strength in zip(layers, (0.75, 1.0)):
+        cloud = dark + (bright - dark) * (0.6 + 0.4 * np.tanh(light))[..., None]
+        picture = picture + (strength * alpha)[..., None] * (cloud - picture)  # (T, H, W, 3)
+    x = np.arange(size) / size
+    ridge = 0.9 + 0.05 * sum(np.sin(2 * np.pi * (k * x + rng.uniform())) / k for k in (0.7, 1.9, 4.3))
+    hill = 1 / (1 + np.exp(np.clip((ridge - y - 0.5 / size) * 2 * size, -30, 30)))[..., None]  # (H, W, 1)
+    picture = picture + hill * (0.18 * dark + 8 - picture)
+    out = dict(video=torch.from_numpy(np.rint(picture.clip(0, 255)).astype(np.uint8)).permute(0, 3, 1, 2))
+    if flow:
+        low_cloud = layers[1][0]  # the upper layer shows where the lower one is clear
+        u = np.where(hill[..., 0] > 0.5, 0, np.where(low_cloud > 0.5, speed, 0.5 * speed))[:-1]  # (T-1, H, W)
+        kind = np.where(hill[..., 0] > 0.99, 2, np.where(hill[..., 0] > 0.01, -1,
+                        np.where(low_cloud > 0.98, 1, np.where(low_cloud < 0.02, 0, -1))))  # (T, H, W)
+        target = np.arange(size) + u
+        at = lambda k, x: np.take_along_axis(k[1:], np.clip(x, 0, size - 1).astype(int), 2)
+        same = (kind[:-1] >= 0) & (at(kind, np.floor(target)) == kind[:-1]) & (at(kind, np.ceil(target)) == kind[:-1])
+        out["flow"] = torch.from_numpy(np.stack([u, np.zeros_like(u)], 1)).float()
+        out["visible"] = torch.from_numpy(same & (target <= size - 1))
+    return out
+
+
+def _maze(rng, cells):
+    """Walls of a maze with a few loops, bool (2 cells + 1, 2 cells + 1); rooms lie at odd indices."""
+    wall = np.ones((2 * cells + 1,) * 2, bool)
+    wall[1::2, 1::2] = False
+    for i, j in np.ndindex(cells, cells):  # from every room a way on to the next row or column, now and then to both
+        ways = [w for w in ((1, 0), (0, 1)) if i + w[0] < cells and j + w[1] < cells]
+        for a, b in rng.permutation(ways)[:1 + (rng.uniform() < 0.25)] if ways else ():
+            wall[2 * i + 1 + a, 2 * j + 1 + b] = False
+    return wall
+
+
+def _walk(rng, wall, frames):
+    """A first-person walk: positions (T, 2) and headings (T,); it turns where the way ends or a side way tempts."""
+    free = np.argwhere(~wall[1::2, 1::2]) * 2 + 1
+    here, pose = free[rng.integers(len(free))], []
+    steps = [np.array(s) for s in ((1, 0), (0, 1), (-1, 0), (0, -1))]  # headings 0, 90, 180, 270 degrees
+    heading = int(rng.choice([h for h in range(4) if not wall[tuple(here + steps[h])]]))
+    late = rng.integers(8)  # start within the first step
+    while len(pose) < frames + late:
+        ways = [t for t in (0, 1, -1) if not wall[tuple(here + steps[(heading + t) % 4])]] or [2]
+        turn = ways[0] if rng.uniform() < 0.5 else ways[rng.integers(len(ways))]
+        for k in range(6 * abs(turn)):  # a quarter turn takes 6 frames
+            pose.append((*here, np.pi / 2 * (heading + turn * (k + 1) / (6 * abs(turn)))))
+        heading = (heading + turn) % 4
+        for k in range(8):  # a room (2 units) takes 8 frames
+            pose.append((*(here + steps[heading] * (k + 1) / 4), np.pi / 2 * heading))
+        here = here + 2 * steps[heading]
+    pose = np.array(pose, np.float32)[late:late + frames]
+    return pose[:, :2] + 0.5, pose[:, 2]
+
+
+def mazes(rng, size, frames, tan=0.9):
+    """A first-person walk through a textured maze by ray casting; which way it turns no frame tells.
+
+    Returns video uint8 (T, 3, H, W). tan: half the picture's width at depth 1, which is also the height of a wall.
+    """
+    wall = _maze(rng, 6)
+    at, angle = _walk(rng, wall, frames)
+    v, u = np.mgrid[:16, :16]
+    patterns = np.array([(v % 4 == 0) | ((u + 4 * (v // 4 % 2)) % 8 == 0), (u // 4 + v // 4) % 2 == 0, u // 2 % 2 == 0,
+                         np.hypot(u - 7.5, v - 7.5) < 5, (u + v) // 4 % 2 == 0])  # bricks, checks, stripes, disc, diagonals
+    hues = rng.uniform(40, 235, size=(5, 1, 1, 3)) * rng.uniform(0.9, 1.05, size=(5, 16, 16, 1))
+    texture = np.where(rng.permutation(patterns)[..., None], 0.55 * hues, hues).reshape(-1, 3).astype(np.float32)
+    style = rng.integers(4, size=wall.shape, dtype=np.int32)  # of every wall; the fifth texture is the floor
+    s = 2 * size  # 2 x 2 rays a pixel, averaged
+    screen = ((np.arange(s, dtype=np.float32) + 0.5) / s * 2 - 1) * np.float32(tan)
+    ahead, right = (np.stack(a, -1)[:, None] for a in ((np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))))
+    ray, at = ahead + screen[:, None] * right, at[:, None]  # (T, s, 2); ahead is 1, so length along the ray is depth
+    cell, step = np.broadcast_to(np.floor(at), ray.shape).astype(np.int32), np.where(ray > 0, 1, -1).astype(np.int32)
+    per = 1 / np.maximum(np.abs(ray), 1e-6)
+    reach = np.where(ray > 0, cell + 1 - at, at - cell) * per  # depth of the next grid line on each axis
+    depth, side = np.zeros(ray.shape[:2], np.float32), np.zeros(ray.shape[:2], bool)
+    moving = np.ones(ray.shape[:2], bool)
+    while moving.any():
+        axis = reach[..., 1] < reach[..., 0]
+        depth, side = np.where(moving, reach.min(-1), depth), np.where(moving, axis, side)
+        move = np.stack([~axis, axis], -1) & moving[..., None]
+        cell, reach = cell + step * move, reach + per * move
+        moving &= ~wall[cell[..., 0], cell[..., 1]]
+    hit = at + ray * depth[..., None]
+    height = screen[:, None] * depth[:, None]  # (T, rows, columns), 0 = eye, down; walls reach from -.5 to .5
+    down, far = height > 0.5, 0.5 / np.maximum(screen, 1e-3)[:, None]  # where the floor is, and its depth
+    pick = lambda x: (x % 1 * 16).astype(np.int32)
+    on_floor = pick(at[:, :, None, 0] + ray[:, None, :, 0] * far) * 16 + pick(at[:, :, None, 1] + ray[:, None, :, 1] * far)
+    on_wall = pick(height + 0.5) * 16 + pick(np.where(side, hit[..., 0], hit[..., 1]))[:, None]
+    kind = style[cell[..., 0], cell[..., 1]][:, None] * 256
+    light = np.where(down, 0.8 / (1 + 0.06 * far), (np.where(side, 0.75, 1.0) / (1 + 0.06 * depth))[:, None])
+    picture = texture[np.where(down, 4 * 256 + on_floor, kind + on_wall)] * light[..., None].astype(np.float32)
+    above = np.array([95, 150, 215]) + np.array([90, 60, 25]) * (1 + screen / tan).clip(0, 1)[:, None]  # (rows, 3)
+    picture = np.where((height < -0.5)[..., None], above[:, None].astype(np.float32), picture)
+    picture = picture.reshape(frames, size, 2, size, 2, 3).mean((2, 4))
+    return dict(video=torch.from_numpy(np.rint(picture.clip(0, 255)).astype(np.uint8)).permute(0, 3, 1, 2))
+
+
+WORLDS = {"sky": sky, "mazes": mazes}
+
+
+# ---------------------------------------------------------------------------------------------- noise levels
+
+def like(s, x):
+    """Per-sample scalars s (B,) shaped to broadcast over x (B, ...)."""
+    return s.view(-1, *[1] * (x.ndim - 1))
+
+
+def to_float(frames):
+    """uint8 -> float in [-1, 1]."""
+    return frames.float() / 127.5 - 1
+
+
+# ---------------------------------------------------------------------------------------------- what a run writes
+
+def open_run(script, cfg, source):
+    """The output folder, locked for this run; a folder with an earlier run is never overwritten. Raises Fault."""
+    name = re.sub(r"[^\w.-]+", "_", Path(cfg.dataset).name) + ("-procedural" if source == "procedural" else "")
+    out = Path(cfg.out_dir or f"out/{script}-{name}")
+    again, kept = cfg.resume or cfg.eval_only, (out / "ckpt.pt").exists()
+    if kept and not again:
+        raise Fault(f"{out} holds an earlier run: --resume continues it, --eval_only repeats its evaluation, "
+                    "--out_dir names another folder")
+    if again and not kept:
+        raise Fault(f"nothing to continue: {out / 'ckpt.pt'} is not there; run once without --resume and --eval_only")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Fault(f"{out} is in use by another run; give --out_dir another folder")
+    except OSError as e:
+        raise Fault(f"cannot write to {out}: {e.strerror}; give --out_dir another folder")
+    if not again:
+        write(out / "config.json", json.dumps(asdict(cfg), indent=1))
+    return out, lock
+
+
+def write(path, data):
+    """Write text or, through a callable, anything, to a temporary file and rename it: never half a file. Raises Fault."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        if callable(data):
+            data(part)
+        else:
+            part.write_text(data)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
+        part.unlink(missing_ok=True)
+        raise Fault(f"cannot write {path}: {str(e).splitlines()[0]}; what was there before is intact")
+
+
+def save_checkpoint(path, script, cfg, **state):
+    write(path, lambda p: torch.save(dict(state, script=script, config=asdict(cfg)), p))
+
+
+def load_checkpoint(path, script, cfg, must_fit, device):
+    """A checkpoint of this script whose config fits in the fields `must_fit`; no code in it is ever run. Raises Fault."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        made_by, made_with = state["script"], state["config"]
+    except Exception as e:  # truncated, garbage, a pickle with code: each raises something else
+        raise Fault(f"{path} is not a readable checkpoint ({type(e).__name__}); delete it or give --out_dir another folder")
+    if made_by != script:
+        raise Fault(f"{path} was written by {made_by}.py, not {script}.py")
+    for k in must_fit:
+        if made_with.get(k) != getattr(cfg, k):
+            raise Fault(f"{path} was trained with --{k} {made_with.get(k)}, this run has {getattr(cfg, k)}; "
+                        f"use the same value or another --out_dir")
+    return state
+
+
+def as_csv(rows):
+    """Rows (dicts with the same keys) as CSV text."""
+    text = lambda v: f"{v:.6g}" if isinstance(v, float) else str(v)
+    return "".join(",".join(map(text, r)) + "\n" for r in [list(rows[0]), *(r.values() for r in rows)]) if rows else ""
+
+
+@contextmanager
+def interruptible():
+    """Inside the block Ctrl-C (or SIGTERM) only sets the yielded list's item 0, so that the loop can save between two
+    steps; a second Ctrl-C stops at once."""
+    hit = [False]
+
+    def note(number, frame):
+        if hit[0]:
+            raise KeyboardInterrupt
+        hit[0] = True
+
+    old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield hit
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+
+
+def write_results(out, script, cfg, dataset, rows, started, **more):
+    write(out / "results.json", json.dumps(dict(
+        script=script, command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), preset=cfg.preset, seed=cfg.seed,
+        device=str(cfg.device), torch=torch.__version__, wall_s=round(time.time() - started, 1), dataset=dataset, rows=rows,
+        **more), indent=1))
+
+
+def table(rows, columns):
+    """Rows (dicts) as aligned text; columns maps a row key to (heading, format)."""
+    cells = [[h for h, _ in columns.values()]]
+    cells += [["-" if r.get(k) is None else format(r[k], f) for k, (_, f) in columns.items()] for r in rows]
+    widths = [max(map(len, c)) for c in zip(*cells)]
+    return "\n".join("  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(r, widths))) for r in cells)
+
+
+def sheet(rows, heads, scale=2, left=90):
+    """A labelled contact sheet: rows of (label, uint8 (N, 3, H, W)), heads over the columns -> PIL image."""
+    size, n = rows[0][1].shape[-1] * scale, max(len(r[1]) for r in rows)
+    page = Image.new("RGB", (left + n * (size + 2), 16 + len(rows) * (size + 2)), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(11)
+    for k, h in enumerate(heads):
+        draw.text((left + k * (size + 2), 1), str(h), "black", font)
+    for r, (label, frames) in enumerate(rows):
+        draw.multiline_text((2, 18 + r * (size + 2)), label, "black", font)
+        for k, f in enumerate(frames):
+            image = Image.fromarray(f.permute(1, 2, 0).cpu().numpy()).resize((size, size), Image.NEAREST)
+            page.paste(image, (left + k * (size + 2), 16 + r * (size + 2)))
+    return page
+
+
+def save_gif(path, pages, ms=80):
+    write(path, lambda p: pages[0].save(p, "GIF", save_all=True, append_images=pages[1:], duration=ms, loop=0))
+
+
+INKS = ["#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8c564b", "#7f7f7f"]
+
+
+def save_curves(path, panels, size=(470, 330)):
+    """Line charts side by side. A panel: dict(title, x, y, lines={label: (xs, ys)}, log=False); one point is a dot."""
+    page, font = Image.new("RGB", (size[0] * len(panels), size[1]), "white"), ImageFont.load_default(11)
+    draw = ImageDraw.Draw(page)
+    for k, panel in enumerate(panels):
+        x0, x1, y0, y1 = k * size[0] + 58, (k + 1) * size[0] - 12, size[1] - 42, 28
+        warp = (lambda v: math.log10(max(v, 1e-9))) if panel.get("log") else float
+        points = [(x, warp(y)) for xs, ys in panel["lines"].values() for x, y in zip(xs, ys)]
+        (left, right), (low, high) = ((min(p), max(p)) for p in zip(*points))
+        right, high = right + (right == left), high + 0.05 * (high - low) + 1e-9
+        place = lambda x, y: (x0 + (x - left) / (right - left) * (x1 - x0), y0 + (warp(y) - low) / (high - low) * (y1 - y0))
+        draw.rectangle((x0, y1, x1, y0), outline="#999999")
+        draw.text((x0, 8), panel["title"], "black", font)
+        draw.text((x0, size[1] - 18), f"{panel['x']}   (up: {panel['y']}{', log' if panel.get('log') else ''})", "black", font)
+        for q in (0, 0.5, 1):
+            value = low + q * (high - low)
+            draw.text((k * size[0] + 4, y0 + q * (y1 - y0) - 7), f"{10**value if panel.get('log') else value:.3g}", "black", font)
+            draw.text((x0 + q * (x1 - x0) - 12, y0 + 4), f"{left + q * (right - left):.3g}", "black", font)
+        for n, (label, (xs, ys)) in enumerate(panel["lines"].items()):
+            ink, path_ = INKS[n % len(INKS)], [place(x, y) for x, y in zip(xs, ys)]
+            draw.line(path_, ink, 2)
+            for x, y in path_:
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=ink)
+            draw.text((x0 + 8, y1 + 4 + 13 * n), label, ink, font)
+    write(path, lambda p: page.save(p, "PNG"))
