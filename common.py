@@ -94,6 +94,14 @@ def _number(path):
     return (int(digits[-1]) if digits else -1, path.name)
 
 
+def _animated(path):
+    try:
+        with Image.open(path) as im:
+            return getattr(im, "n_frames", 1) > 1
+    except OSError:  # broken: found out, and named, when it is read
+        return False
+
+
 def _sources(root):
     """Every clip below root: a folder of frames (list of paths), or one animated or tensor file (path)."""
     found = []
@@ -101,7 +109,7 @@ def _sources(root):
         paths = [Path(folder, n) for n in names if not n.startswith(".")]
         found += sorted(p for p in paths if p.suffix.lower() in TENSORS | {".gif"})
         frames = sorted((p for p in paths if p.suffix.lower() in IMAGES), key=_number)
-        if frames and frames[0].suffix.lower() == ".webp" and getattr(Image.open(frames[0]), "n_frames", 1) > 1:
+        if frames and frames[0].suffix.lower() == ".webp" and _animated(frames[0]):
             found += frames
         elif frames:
             found.append(frames)
@@ -131,10 +139,14 @@ def _tensor_clip(path, size):
 def read_clip(source, size, start=0, stop=None):
     """One clip, or frames start..stop of it, as uint8 (T, 3, size, size). Raises OSError or ValueError if broken."""
     if isinstance(source, list):
-        images = [Image.open(p) for p in source[start:stop]]
-        if len({im.size for im in images}) > 1:
+        frames, sizes = [], set()
+        for path in source[start:stop]:
+            with Image.open(path) as im:
+                frames.append(_fit(im, size))
+                sizes.add(im.size)
+        if len(sizes) > 1:
             raise ValueError("its frames differ in size")
-        return torch.stack([_fit(im, size) for im in images])
+        return torch.stack(frames)
     if source.suffix.lower() in TENSORS:
         return _tensor_clip(source, size)[start:stop]
     with Image.open(source) as im:
@@ -177,7 +189,7 @@ class Clips(torch.utils.data.Dataset):
 
 def load_real(root, split, size, min_frames, max_bytes=4 << 30):
     """Real clips below root. Broken or too short ones are skipped with one warning; none left is a Fault."""
-    sources, bad = _split(root, split), {}
+    sources, bad = _split(root, split), []
     lazy = sum(len(s) for s in sources if isinstance(s, list)) * 3 * size * size > max_bytes
 
     def read(source):
@@ -187,17 +199,17 @@ def load_real(root, split, size, min_frames, max_bytes=4 << 30):
                 return len(source), None
             clip = read_clip(source, size)
             return len(clip), clip
-        except (OSError, ValueError, SyntaxError, EOFError, RuntimeError, KeyError, IndexError) as e:
-            return 0, str(e).splitlines()[0][:80]
+        except Exception as e:  # garbage, code in a pickle, truncation: every reader raises something else
+            return 0, (str(e) or type(e).__name__).splitlines()[0][:80]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(tqdm(pool.map(read, sources), f"reading {root.name} {split}", len(sources), leave=False))
     for source, (n, clip) in zip(sources, results):
         if n < min_frames:
-            bad[_name(source)] = clip if n == 0 and isinstance(clip, str) else f"only {n} of {min_frames} frames"
+            bad.append(f"{_name(source)} ({clip if isinstance(clip, str) else f'only {n} of {min_frames} frames'})")
     if bad:
         print(f"warning: skipped {len(bad)} of {len(sources)} {split} clips in {root}: "
-              + ", ".join(f"{k} ({v})" for k, v in bad.items()), file=sys.stderr)
+              + ", ".join(bad), file=sys.stderr)
     keep = [(s, n, c) for s, (n, c) in zip(sources, results) if n >= min_frames]
     if not keep:
         raise Fault(f"no usable {split} clips in {root}: a clip is a folder of numbered jpg/png/webp frames, an animated "

@@ -1,0 +1,214 @@
+"""Speed, as ratios measured in one run: python tests/bench.py [part of a line's name ...]
+
+Every line says what it must be. Peers (diffusers, torchode) are optional: pip install diffusers torchode. On a GPU the
+networks are compared in bf16 and compiled, with the `small` preset. Not a test: a busy machine proves nothing.
+"""
+import gc
+import io
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import biflow  # noqa: E402
+import common  # noqa: E402
+
+DEVICE = common.pick_device("auto")
+GPU = DEVICE.type == "cuda"
+CFG = biflow.Config(**biflow.PRESETS["small" if GPU else "tiny"])
+LINES = []
+
+
+def bench(f):
+    """A benchmark: a generator of (name, value, what it must be, how it was measured). Later scripts add their own."""
+    LINES.append(f)
+    return f
+
+
+def clock(f):
+    """Seconds that f() takes, the device's work included."""
+    if GPU:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    f()
+    if GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def versus(*fs, rounds=7):
+    """Seconds of each f, the median of rounds that take turns, so that a slow moment hits all alike."""
+    for f in fs:
+        f()
+    return np.median([[clock(f) for f in fs] for _ in range(rounds)], 0)
+
+
+def network(method, **more):
+    """A network whose field is uneven enough to need a few steps, more on some samples than on others."""
+    net = biflow.build(method, biflow.Config(**{**vars(CFG), **more})).to(DEVICE).eval()
+    g = torch.Generator().manual_seed(0)
+    for k, p in net.named_parameters():
+        if ".out." in f".{k}" and p.ndim == 4:
+            p.data.copy_(0.06 * torch.randn(p.shape, generator=g))
+    return net
+
+
+@bench
+def solver_overhead():
+    """The time of a frame against the time its network evaluations take, each at the batch size it is made with."""
+    x, n = torch.randn(2, CFG.streams, 3, CFG.size, CFG.size, device=DEVICE).clamp(-1, 1)
+    for m in biflow.NAMES:
+        net, inside = network(m), []
+        step, forward = biflow.one_step(m, net, 0.2, biflow.solve_heun), net.forward
+
+        def timed(*args):
+            result = []
+            inside.append(clock(lambda: result.append(forward(*args))))
+            return result[0]
+        net.forward = timed
+        ratios, evals = [], step(x, n)[1].float().mean().item()  # the first one warms up
+        for _ in range(7):
+            inside.clear()
+            ratios.append(clock(lambda: step(x, n)) / sum(inside))
+        yield (f"frame / its evaluations, {biflow.NAMES[m]}", np.median(ratios), "<= 1.10",
+               f"batch {len(x)}, {CFG.size} px, {evals:.1f} evaluations a sample in {len(inside)} calls, "
+               f"{sum(inside) / len(inside) * 1e3:.1f} ms a call")
+
+
+@bench
+def network_against_diffusers():
+    """Forward and backward of our UNet against diffusers' of nearly the same parameter count."""
+    try:
+        from diffusers import UNet2DModel
+    except ImportError:
+        return (yield "our UNet / diffusers.UNet2DModel", None, "<= 1.00", "diffusers is not installed")
+    mults = [float(m) for m in CFG.mults.split(",")]
+    count = lambda net: sum(p.numel() for p in net.parameters())
+    batch, t = CFG.batch, torch.rand(CFG.batch, device=DEVICE)
+    x = torch.randn(batch, 3, CFG.size, CFG.size, device=DEVICE)
+
+    def peer(width):
+        kinds = ["Attn" if i == max(1, len(mults) - 2) else "" for i in range(len(mults))]  # as ours
+        return UNet2DModel(
+            sample_size=CFG.size, in_channels=3, out_channels=3, block_out_channels=[int(width * m) for m in mults],
+            layers_per_block=CFG.blocks, norm_num_groups=4, attention_head_dim=width // 4,
+            down_block_types=[f"{k}DownBlock2D" for k in kinds], up_block_types=[f"{k}UpBlock2D" for k in kinds[::-1]])
+
+    def pass_of(call, net):
+        def both():
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU):
+                loss = call(net).float().square().mean()
+            loss.backward()
+            net.zero_grad()
+        return both
+
+    for patch in sorted({1, CFG.patch}):
+        ours = biflow.UNet(3, 3, CFG.width, mults, CFG.blocks, patch).to(DEVICE)
+        widths = range(16, 2 * CFG.width, 8)
+        with torch.device("meta"):
+            width = min(widths, key=lambda w: abs(count(peer(w)) - count(ours)))
+        theirs = peer(width).to(DEVICE)
+        if GPU:
+            ours.compile()
+            theirs.compile()
+        a, b = versus(pass_of(lambda net: net(x, t, t), ours), pass_of(lambda net: net(x, 1000 * t).sample, theirs))
+        yield (f"our UNet / diffusers.UNet2DModel, patch {patch}", a / b, "<= 1.00",
+               f"{count(ours) / 1e6:.2f} against {count(theirs) / 1e6:.2f} M parameters, batch {batch}, {CFG.size} px, "
+               f"{a * 1e3:.0f} against {b * 1e3:.0f} ms, " + ("bf16, compiled" if GPU else "fp32"))
+
+
+@bench
+def solver_against_torchode():
+    """A linear field, the same step control; their batch is evaluated until its slowest sample is done."""
+    try:
+        import torchode
+    except ImportError:
+        return (yield "our solver / torchode's", None, "< 1.00", "torchode is not installed")
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(768, 768, generator=g, dtype=torch.float64) / 768**0.5 / 2
+    a = (a - a.T).to(DEVICE)  # a rotation: nothing dies out
+    rate = torch.logspace(-1, 1.3, 64, dtype=torch.float64).to(DEVICE)  # mixed difficulty
+    x, zero = torch.randn(64, 768, generator=g, dtype=torch.float64).to(DEVICE), torch.zeros_like(rate)
+    term = torchode.ODETerm(lambda t, y: rate[:, None] * (y @ a))
+    control = torchode.IntegralController(1e-2, 1e-2, term=term)
+    solver = torchode.AutoDiffAdjoint(torchode.Heun(term), control).to(DEVICE)
+    problem = torchode.InitialValueProblem(x, zero, zero + 1)
+
+    @torch.no_grad()
+    def theirs():
+        return solver.solve(problem)
+
+    def ours():
+        return biflow.solve_heun(lambda x, k, rate: rate[:, None] * (x @ a), x, (rate,))
+    (mine, evals, accepted), other = ours(), theirs()
+    note = f"batch 64, {int(evals.min())} to {int(evals.max())} evaluations"
+    odd = (accepted != other.stats["n_accepted"]).sum().item()
+    yield "samples with other accepted steps than torchode's", odd, "<= 0", note
+    yield "largest difference to torchode's solution", (mine - other.ys[:, -1]).abs().max().item(), "<= 1e-5", note
+    p, q = versus(ours, theirs)
+    yield "our solver / torchode's", p / q, "< 1.00", f"{note}, {p * 1e3:.0f} against {q * 1e3:.0f} ms"
+
+
+@bench
+def worlds():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name, world in common.WORLDS.items():
+        took = clock(lambda: [world(common.world_rng(0, "train", i), 32, 32) for i in range(40)])
+        yield f"frames/s of world {name}", 40 * 32 / took, ">= 2000", "32 px, one core"
+    torch.set_num_threads(threads)
+
+
+@bench
+def loading():
+    """Frames of a folder of jpgs, read by workers, against what the training of all methods asks for."""
+    nets = {m: biflow.build(m, CFG).to(DEVICE) for m in biflow.NAMES}
+    opts = {m: torch.optim.AdamW(net.parameters(), fused=True) for m, net in nets.items()}
+    x = torch.rand(CFG.batch, 3, CFG.size, CFG.size, device=DEVICE)
+    t, alpha, n = biflow.noise_of(0, 1, x, DEVICE)
+
+    def step():
+        for m, net in nets.items():
+            sum(v.mean() for v in biflow.losses(m, net, x, x, t, alpha, n).values()).backward()
+            opts[m].step()
+            opts[m].zero_grad()
+    used = 2 * CFG.batch / versus(step)[0]
+    with tempfile.TemporaryDirectory() as root:
+        video = common.sky(common.world_rng(0, "train", 0), 128, 64)["video"].permute(0, 2, 3, 1).numpy()
+        for clip in range(8):
+            (folder := Path(root, f"clip{clip}")).mkdir()
+            for i, frame in enumerate(video):
+                buffer = io.BytesIO()
+                Image.fromarray(frame).save(buffer, "JPEG", quality=90)
+                (folder / f"{i}.jpg").write_bytes(buffer.getvalue())
+        clips = common.load_real(Path(root), "train", CFG.size, 2, max_bytes=0)
+        loader = iter(common.batches(clips, CFG.batch, 2, 0, range(120), DEVICE))
+        for _ in range(20):  # workers start, queues fill
+            next(loader)
+        read = 100 * 2 * CFG.batch / clock(lambda: list(loader))
+    yield "frames/s of loading / of training", read / used, ">= 1.00", \
+        f"{read:.0f} / {used:.0f}, 128 px jpgs to {CFG.size} px, {min(8, os.cpu_count())} workers"
+
+
+def main(wanted):
+    device = torch.cuda.get_device_name() if GPU else f"{torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {device}\n\n{'':50s}{'value':>10s}  must be")
+    for f in LINES:
+        if wanted and not any(w in f.__name__ for w in wanted):
+            continue
+        for name, value, must, note in f():
+            sign, bound = must.split()
+            holds = value is None or (value <= float(bound) if "<" in sign else value >= float(bound))
+            shown = "skipped" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+            print(f"{name:50s}{shown:>10s}  {must:8s}{'' if holds else 'NOT MET'}  {note}", flush=True)
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

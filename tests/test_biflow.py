@@ -1,0 +1,409 @@
+"""The equations, solvers, networks and features of biflow.py, each against something that does not share its code."""
+import itertools
+import math
+import weakref
+from dataclasses import fields
+from functools import cache, partial
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import biflow
+import common
+from biflow import between, biflow_step, condiff_step, flow_step, frechet, own_features, solve_euler, solve_heun, stream
+from common import Fault
+
+exact = partial(solve_heun, atol=1e-7, rtol=1e-7, max_evals=10**6)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def like(s, x):
+    return s.reshape(-1, *[1] * (x.ndim - 1))
+
+
+# ---------------------------------------------------------------------------------------------- losses
+
+def test_losses_equal_plain_loops():
+    x0, x1, n = (randn(3, 3, 2, 2, seed=s) for s in range(3))
+    t, a = torch.tensor([0.0, 0.3, 0.9]).double(), torch.tensor([1.0, 0.2, 0.7]).double()
+    v = lambda x, t, a: math.sin(3 * x + t) + a * x  # any field, made of single numbers
+    w = lambda x, t, a: math.cos(x - a) * t + x * x
+    lift = lambda g: lambda *args: torch.stack([torch.tensor(g(*p)).double() for p in zip(*(
+        s.expand_as(args[0]).flatten().tolist() for s in args))]).view_as(args[0])  # of all pixels
+    V, W = lift(v), lift(w)
+    flow = biflow.flow_loss(lambda x, t: V(x, like(t, x), like(0 * t, x)), x0, x1, t)
+    joint = lambda x, t, a: (V(x, like(t, x), like(a, x)), W(x, like(t, x), like(a, x)))
+    both = biflow.biflow_loss(joint, x0, x1, t, a, n)
+    con = biflow.condiff_loss(lambda x, x0, a: V(x, x0, like(a, x)), x0, x1, a, n)
+    want = torch.zeros(4, 3).double()
+    for b in range(3):
+        T, A = t[b].item(), a[b].item()
+        for p, q, z in zip(*(y[b].flatten().tolist() for y in (x0, x1, n))):  # one pixel: last frame, next frame, noise
+            want[0, b] += (v((1 - T) * p + T * q, T, 0) - (q - p)) ** 2 / 12  # Eq. 3
+            x = (1 - T) * p + T * q + A * z  # Eq. 4
+            want[1, b] += (v(x, T, A) - (q - p)) ** 2 / 12  # Eq. 5
+            want[2, b] += (w(x, T, A) - z) ** 2 / 12
+            want[3, b] += (v((1 - A) * z + A * q, p, A) - (q - z)) ** 2 / 12  # Eq. 1
+    torch.testing.assert_close(torch.stack([flow, *both, con]), want)
+
+
+# ---------------------------------------------------------------------------------------------- one frame onwards
+
+PAIR = tuple(randn(4, 3, 5, 5, seed=s) for s in (10, 11, 12))  # x0, x1, n
+EPS = torch.tensor([0.0, 0.1, 0.5, 1.0]).double()
+SOLVERS = [solve_heun, solve_euler]
+
+
+def pair_field(x, t, alpha):
+    return PAIR[1] - PAIR[0], PAIR[2]
+
+
+@pytest.mark.parametrize("solve", SOLVERS)
+def test_joint_sampling_with_the_exact_field_lands_on_x1_and_back_on_x0(solve):
+    x0, x1, n = PAIR
+    x, evals = biflow_step(pair_field, x0, n, EPS, solve)
+    torch.testing.assert_close(x, x1)
+    assert evals.shape == (4,) and (evals >= 2).all()
+    torch.testing.assert_close(biflow_step(pair_field, x1, n, EPS, solve, back=True)[0], x0)
+
+
+def test_between_passes_through_the_exact_mix_and_ends_on_the_next_frame():
+    x0, x1, n = PAIR
+    states = between(pair_field, x0, n, EPS, [0.25, 0.5, 1.0], solve_heun)
+    for k, (x, _) in zip((0.25, 0.5, 1.0), states):
+        torch.testing.assert_close(x, x0 + k * (x1 - x0) + like(EPS, x0) * (1 - k) * n)
+    counts = torch.stack([e for _, e in states])
+    assert (counts.diff(dim=0) > 0).all()  # evaluations so far
+
+
+def test_no_noise_is_plain_streaming_of_the_velocity():
+    f = lambda x, t, a: (torch.sin(3 * x) + like(t, x) - like(a, x), 100 * torch.cos(x))
+    got = biflow_step(f, PAIR[0], PAIR[2], 0 * EPS, solve_heun)
+    want = flow_step(lambda x, t: f(x, t, 0 * t)[0], PAIR[0], solve_heun)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+# Gaussian frames: x0 ~ N(0, S0^2), x1 = RHO x0 + R N(0, 1): conditional means are linear, ODEs have closed forms.
+S0, RHO, R = 0.7, 1.1, 0.5
+S1 = math.sqrt(RHO**2 * S0**2 + R**2)
+
+
+def gauss_field(x, t, alpha):
+    """E[x1 - x0 | x], E[n | x] for x = (1 - t) x0 + t x1 + alpha n."""
+    cov = RHO * S0**2
+    var = (1 - t) ** 2 * S0**2 + 2 * t * (1 - t) * cov + t**2 * S1**2 + alpha**2
+    v = (1 - t) * (cov - S0**2) + t * (S1**2 - cov)  # cov(x1 - x0, x)
+    return like(v / var, x) * x, like(alpha / var, x) * x
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_gaussian_frames_are_carried_by_the_closed_form_map_at_every_eps(back):
+    start, end = (S1, S0) if back else (S0, S1)
+    x, n = start * randn(4, 5000), randn(4, 5000, seed=1)
+    got = biflow_step(gauss_field, x, n, EPS, exact, back)[0]
+    noisy = x + EPS[:, None] * n  # its variance start^2 + eps^2 becomes end^2, and the map is linear
+    torch.testing.assert_close(got, noisy * (end / (start**2 + EPS**2).sqrt())[:, None], rtol=1e-5, atol=1e-6)
+    assert (got.std(1) / end - 1).abs().max() < 0.03
+
+
+def test_gaussian_condiff_draws_the_next_frame_given_the_last():
+    def f(x, x0, alpha):  # E[x1 - n | x, x0] for x = alpha x1 + (1 - alpha) n
+        var = alpha**2 * R**2 + (1 - alpha) ** 2
+        return RHO * x0 + like((alpha * R**2 - (1 - alpha)) / var, x) * (x - like(alpha, x) * RHO * x0)
+    x0, n = S0 * randn(4, 5000), randn(4, 5000, seed=1)
+    torch.testing.assert_close(condiff_step(f, x0, n, exact)[0], RHO * x0 + R * n, rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- solvers
+
+def oscillator(x, k, rate, wave=0.0):
+    """Damped rotation; with `wave` it almost halts three times, and steps are rejected after that. x (B, 2)."""
+    speed = rate * (1 - wave * torch.cos(6 * math.pi * k))
+    return like(speed, x) * (torch.stack([-x[:, 1], x[:, 0]], 1) - 0.3 * x)
+
+
+def oscillator_at_1(x, rate):
+    c, s, d = torch.cos(rate), torch.sin(rate), torch.exp(-0.3 * rate)
+    return torch.stack([d * (c * x[:, 0] - s * x[:, 1]), d * (s * x[:, 0] + c * x[:, 1])], 1)
+
+
+X, RATE = randn(6, 2, seed=5), torch.tensor([0.01, 0.5, 2.0, 5.0, 12.0, 40.0]).double()
+
+
+def test_heun_is_of_second_order_in_its_accepted_steps_and_euler_of_first():
+    error = lambda x: (x - oscillator_at_1(X, RATE)).norm(dim=1)[2:5]
+    heun = lambda tol: solve_heun(oscillator, X, (RATE,), atol=tol, rtol=tol, max_evals=10**5)
+    (xa, _, na), (xb, _, nb) = heun(1e-4), heun(1e-6)
+    order = (error(xa) / error(xb)).log() / (nb / na)[2:5].log()
+    assert ((order > 1.8) & (order < 2.3)).all()
+    ea, eb = (error(solve_euler(oscillator, X, (RATE,), step=s)[0]) for s in (0.002, 0.001))
+    assert ((ea / eb - 2).abs() < 0.15).all()
+
+
+@pytest.mark.parametrize("tol", [1e-2, 1e-3, 1e-4])
+def test_heun_keeps_its_tolerance_on_a_linear_ode(tol):
+    x, evals, _ = solve_heun(oscillator, X, (RATE,), atol=tol, rtol=tol, max_evals=10**5)
+    error = (x - oscillator_at_1(X, RATE)).square().mean(1).sqrt()
+    assert (error < 2 * tol).all() and (evals.diff() > 0).all()  # the harder, the more evaluations
+
+
+def heun_alone(rate, x, tol):
+    """Adaptive Heun of one sample of `oscillator` at wave 0.95, in plain Python: x(1), evaluations, accepted steps."""
+    speed = lambda k: rate * (1 - 0.95 * math.cos(6 * math.pi * k))
+    f = lambda x, k: [speed(k) * (-x[1] - 0.3 * x[0]), speed(k) * (x[0] - 0.3 * x[1])]
+    add = lambda x, h, s: [p + h * q for p, q in zip(x, s)]
+    norm = lambda e, scale: math.sqrt(sum((p / q) ** 2 for p, q in zip(e, scale)) / len(e))
+    s, scale = f(x, 0), [tol + tol * abs(p) for p in x]
+    d0, d1 = norm(x, scale), norm(s, scale)
+    h0 = min(1.0, 0.01 * d0 / d1)
+    d2 = norm(add(f(add(x, h0, s), h0), -1, s), scale) / h0
+    h, k, evals, accepted = min(100 * h0, math.sqrt(0.01 / max(d1, d2))), 0.0, 2, 0
+    while k < 1:
+        step = min(h, 1 - k)
+        s2 = f(add(x, step, s), k + step)
+        new = [p + step / 2 * (a + b) for p, a, b in zip(x, s, s2)]
+        scale = [tol + tol * max(abs(p), abs(q)) for p, q in zip(x, new)]
+        error = norm([step / 2 * (b - a) for a, b in zip(s, s2)], scale)
+        evals += 1
+        if error < 1:
+            done, x, k, accepted = step == 1 - k, new, k + step, accepted + 1
+            if done:
+                break
+            s, evals = f(x, k), evals + 1
+        h = step * min(10, max(0.2, 0.9 / math.sqrt(error)))
+    return x, evals, accepted
+
+
+def test_a_batch_gives_exactly_what_each_sample_alone_and_a_plain_python_solver_give():
+    field = partial(oscillator, wave=0.95)
+    x, evals, accepted = solve_heun(field, X, (RATE,))
+    for i in range(len(X)):
+        alone = solve_heun(field, X[i:i + 1], (RATE[i:i + 1],))
+        assert torch.equal(alone[0][0], x[i]) and (alone[1], alone[2]) == (evals[i], accepted[i])
+        plain = heun_alone(RATE[i].item(), X[i].tolist(), 1e-2)
+        assert plain[1:] == (evals[i], accepted[i]) and plain[0] == pytest.approx(x[i].tolist(), rel=1e-9)
+    assert (evals - 2 - (2 * accepted - 1)).max() > 0  # some steps were rejected, so that this was tested too
+
+
+@pytest.mark.parametrize("solve", SOLVERS)
+def test_a_batch_costs_the_sum_of_its_samples_and_no_slope_is_asked_for_twice(solve):
+    asked = []
+
+    def f(x, k, rate, sample):
+        asked.extend(zip(sample.tolist(), k.tolist(), map(tuple, x.tolist())))
+        assert torch.equal(rate, RATE[sample])  # rows of args follow their samples, also when others have finished
+        return oscillator(x, k, rate, wave=0.95)
+    before = X.clone()
+    _, evals, accepted = solve(f, X, (RATE, torch.arange(6)))
+    assert torch.equal(X, before)  # the caller's tensor is left alone
+    assert len(asked) == evals.sum() and len(set(asked)) == len(asked)
+    for i in range(6):
+        assert sum(s == i for s, _, _ in asked) == evals[i]  # a finished sample is not evaluated again
+        assert all(0 <= k <= 1 for s, k, _ in asked if s == i)
+    if solve is solve_heun:  # 2 for the first step, a slope for every accepted step but the last; the rest are tries
+        assert (evals - 2 - (accepted - 1) > accepted).any() and evals.max() > 5 * evals.min()
+
+
+@pytest.mark.parametrize("solve", [partial(solve_heun, atol=1e-5, rtol=1e-5), partial(solve_euler, step=1e-4)])
+def test_backward_inverts_forward(solve):
+    there = solve(oscillator, X[:3], (RATE[:3],))[0]
+    back = solve(oscillator, there, (RATE[:3],), 1.0, 0.0)[0]
+    assert (there - X[:3]).abs().max() > 0.5 and (back - X[:3]).abs().max() < 1e-3
+
+
+def test_a_still_field_and_one_that_breaks_down():
+    x, evals, _ = solve_heun(lambda x, k: 0 * x, X)
+    assert torch.equal(x, X) and evals.max() < 20
+    with pytest.raises(FloatingPointError, match="broke down"):
+        solve_heun(lambda x, k: x / 0, X)
+    with pytest.raises(FloatingPointError, match="after 5[0-9] evaluations"):
+        solve_heun(oscillator, X, (RATE * 100,), max_evals=50)
+
+
+# ---------------------------------------------------------------------------------------------- streaming
+
+def test_all_methods_stream_with_the_same_noise_and_frames_are_clamped():
+    first, noise = PAIR[0].float(), {}
+    for name, gain in (("a", 0.0), ("b", 9.0)):
+        step = lambda x, n: (noise.setdefault(name, []).append(n) or gain * n, torch.ones(4))
+        frames = [x for x, _ in itertools.islice(stream(step, first, torch.Generator().manual_seed(3)), 3)]
+        assert all(f.shape == first.shape and f.abs().max() <= 1 for f in frames)
+    assert all(torch.equal(p, q) for p, q in zip(noise["a"], noise["b"]))
+    assert not torch.equal(noise["a"][0], noise["a"][1])
+    assert abs(torch.stack(noise["a"]).std() - 1) < 0.1
+
+
+def test_a_stream_goes_on_for_ever_and_keeps_no_frame_but_the_last():
+    frames, refs = stream(lambda x, n: (x + 1e-4, torch.ones(4)), PAIR[0]), []
+    for _ in range(500):
+        refs.append(weakref.ref(next(frames)[0]))
+    assert sum(r() is not None for r in refs) <= 1
+
+
+def test_a_sent_frame_replaces_the_one_the_stream_goes_on_from():
+    frames = stream(lambda x, n: (x + 0.25, torch.ones(1)), torch.zeros(1, 3, 2, 2))
+    value = lambda pair: pair[0].mean().item()
+    assert [value(next(frames)), value(next(frames))] == [0.25, 0.5]
+    assert value(frames.send(torch.full((1, 3, 2, 2), -0.75))) == -0.5
+    assert value(next(frames)) == -0.25
+
+
+# ---------------------------------------------------------------------------------------------- network
+
+@pytest.mark.parametrize("preset", biflow.PRESETS)
+def test_methods_have_the_same_network_but_for_channels_and_both_forms_nearly_the_same_parameters(preset):
+    cfg = lambda joint: biflow.Config(**{**biflow.PRESETS[preset], "joint": joint})
+    with torch.device("meta"):  # shapes only: `paper` is large
+        nets = {m: biflow.build(m, cfg("one")) for m in biflow.NAMES} | {"two": biflow.build("biflow", cfg("two"))}
+    count = {m: sum(p.numel() for p in net.parameters()) for m, net in nets.items()}
+    assert max(count.values()) / min(count.values()) < 1.2
+    inside = [[p.shape for k, p in net.named_parameters() if ".inp." not in f".{k}" and ".out." not in f".{k}"]
+              for net in (nets["flow"], nets["condiff"], nets["biflow"].nets[0])]
+    assert inside[0] == inside[1] == inside[2]
+
+
+def tiny(method, joint="two", **more):
+    net = biflow.build(method, biflow.Config(width=8, mults="1,1.5", joint=joint, **more))
+    g = torch.Generator().manual_seed(1)
+    for p in net.parameters():  # untrained output layers are zero, which would hide everything
+        p.data.normal_(0, 0.2, generator=g)
+    return net
+
+
+@pytest.mark.parametrize("method, joint", [("flow", "two"), ("condiff", "two"), ("biflow", "one"), ("biflow", "two")])
+def test_shapes_and_that_the_net_hears_its_inputs(method, joint):
+    f, x, t = biflow.field(method, tiny(method, joint)), randn(2, 3, 16, 16).float(), torch.tensor([0.2, 0.7])
+    given = {"flow": [x, t], "condiff": [x, x.flip(0), t], "biflow": [x, t, t.flip(0)]}[method]
+    call = lambda *args: torch.stack(list(out)) if isinstance(out := f(*args), (list, tuple)) else out
+    assert call(*given).shape == ((2, 2, 3, 16, 16) if method == "biflow" else (2, 3, 16, 16))
+    for i in range(len(given)):
+        changed = [v + 0.2 * (i == j) for j, v in enumerate(given)]
+        assert (call(*changed) - call(*given)).abs().max() > 1e-3
+
+
+def test_amp_and_compile_give_the_same_answers():
+    net, x, t = tiny("flow"), randn(3, 3, 16, 16).float(), torch.tensor([0.1, 0.5, 0.9])
+    with torch.no_grad():
+        plain, low = net(x, t, t), tiny("flow", amp=True)(x, t, t)
+        # traced as --compile traces it; a compiler of machine code, slow to warm up, is not what is tested
+        traced = torch.compile(net, backend="eager", fullgraph=True)
+        again = [traced(x[:k], t[:k], t[:k]) for k in (3, 2)]  # samples finish, batches shrink
+    assert low.dtype == torch.float32 and 0 < (low - plain).abs().max() < 0.03 * plain.abs().max()
+    for k, y in zip((3, 2), again):
+        torch.testing.assert_close(y, plain[:k], rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- Frechet distance
+
+def test_frechet_equals_closed_forms_of_gaussians():
+    white = lambda x: (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T  # exactly N(0, I)
+    a, b, p, q = white(randn(200, 3)), white(randn(200, 3, seed=1)), randn(3, 3, seed=2), randn(3, 3, seed=3)
+    m, s = torch.tensor([[0.5, -1, 2], [0.5, 1, 3]]).double()
+    assert frechet(a, b * s + m) == pytest.approx((m**2 + (1 - s) ** 2).sum().item(), rel=1e-9)
+    w = torch.linalg.eigvals(p @ p.T @ q @ q.T).real  # another way to the trace of the root
+    want = ((p**2).sum() + (q**2).sum() - 2 * w.sqrt().sum()).item()
+    assert frechet(a @ p.T, b @ q.T) == pytest.approx(want, rel=1e-9)
+    assert abs(frechet(a @ p.T, a @ p.T)) < 1e-9 and frechet(a, b @ q.T) == pytest.approx(frechet(b @ q.T, a), abs=1e-9)
+
+
+@cache
+def sky_clips():
+    """Test clips as the reference, train clips to be corrupted, uint8 (N, 8, 3, 32, 32)."""
+    clips = lambda split, count: biflow.cut(torch.stack(common.render("sky", split, count, 32, 32, 0).cache), 8)
+    return clips("test", 100), clips("train", 40)
+
+
+def blur(v, sigma):
+    k = torch.exp(-torch.arange(-4, 5) ** 2 / (2 * sigma**2 + 1e-9))
+    x = v.flatten(0, 2)[:, None].float()  # (N T 3, 1, H, W)
+    for shape, pad in (((1, 1, 1, 9), (4, 4, 0, 0)), ((1, 1, 9, 1), (0, 0, 4, 4))):
+        x = F.conv2d(F.pad(x, pad, mode="reflect"), (k / k.sum()).view(shape))
+    return x.view(v.shape).round().to(torch.uint8)
+
+
+def noise(v, sigma):
+    return (v + sigma * randn(*v.shape).float()).round().clamp(0, 255).to(torch.uint8)
+
+
+def shuffle(v, share):
+    """That share of the clips with their frames in random order."""
+    rng, v = np.random.default_rng(0), v.clone()
+    for clip in v[:round(share * len(v))]:
+        clip[:] = clip[torch.from_numpy(rng.permutation(8))]
+    return v
+
+
+def freeze(v, hold):
+    return v[:, torch.arange(8) // hold * hold]
+
+
+@pytest.mark.parametrize("harm, levels", [(blur, (0, 0.5, 0.7, 1, 2)), (noise, (0, 2, 4, 8, 16)),
+                                          (shuffle, (0, 0.2, 0.4, 0.7, 1)), (freeze, (1, 2, 4, 8))])
+def test_our_distance_rises_monotonically_under(harm, levels):
+    reference, clips = sky_clips()
+    distance = [frechet(own_features(harm(clips, level)), own_features(reference)) for level in levels]
+    steps = np.diff(distance)
+    assert (steps > distance[0]).all(), distance  # each by more than the floor, the distance of real clips
+    assert distance[-1] > 50 * distance[0]
+
+
+def test_a_plain_random_3d_network_does_not_see_shuffling():
+    torch.manual_seed(0)
+    layers = [(nn.Conv3d(a, b, 3, 2, 1), nn.ReLU()) for a, b in ((3, 16), (16, 32), (32, 48))]
+    net = nn.Sequential(*itertools.chain(*layers), nn.AdaptiveAvgPool3d(1), nn.Flatten())
+    plain = lambda v: net(common.to_float(v).transpose(1, 2)).detach()
+    reference, clips = sky_clips()
+    in_floors = lambda f: frechet(f(shuffle(clips, 1)), f(reference)) / frechet(f(clips), f(reference))
+    assert in_floors(plain) < 1.5 and in_floors(own_features) > 50
+
+
+def test_our_features_work_at_the_smallest_size():
+    size = next(f.metadata["lo"] for f in fields(biflow.Config) if f.name == "size")
+    assert own_features(torch.randint(256, (2, 8, 3, size, size)).to(torch.uint8)).isfinite().all()
+
+
+class Stub(nn.Module):
+    """The interface of the usual i3d_torchscript.pt."""
+
+    def forward(self, x, rescale: bool = False, resize: bool = False, return_features: bool = False):
+        assert rescale and resize and return_features and x.shape[1] == 3
+        return x.mean((3, 4)).flatten(1)  # (B, 3 T), levels 0..255
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # deprecated, but what I3D is handed around in
+def test_features_from_a_torchscript_file(tmp_path):
+    torch.jit.script(Stub()).save(tmp_path / "i3d.pt")
+    features, length = biflow.feature_fn(str(tmp_path / "i3d.pt"), "cpu")
+    video = torch.arange(11 * 32 * 3).remainder(251).to(torch.uint8).view(11, 32, 3, 1, 1).expand(-1, -1, -1, 4, 4)
+    got = features(video)
+    assert length == 32 and got.dtype == torch.float64
+    torch.testing.assert_close(got, video[..., 0, 0].transpose(1, 2).flatten(1).double())  # (N, C, T): in levels of 255
+    (tmp_path / "text.pt").write_text("no network")
+    for name in ("text.pt", "missing.pt"):
+        with pytest.raises(Fault, match=f"--features .*{name}: neither own, r3d_18 nor a TorchScript file"):
+            biflow.feature_fn(str(tmp_path / name), "cpu")
+
+
+def test_weights_that_cannot_be_downloaded_are_a_fault(monkeypatch, tmp_path):
+    def offline(*_, **__):
+        raise URLError("no network")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    with pytest.raises(Fault, match="--features r3d_18: its weights cannot be downloaded .*use --features own"):
+        biflow.feature_fn("r3d_18", "cpu")
+
+
+def test_real_clips_are_drawn_without_repetition_and_too_few_are_a_fault():
+    held = [torch.arange(n).add(50 * k).view(-1, 1, 1, 1).expand(-1, 3, 2, 2) for k, n in enumerate((20, 7, 17))]
+    clips = common.Clips(None, [20, 7, 17], 2, held)
+    starts = biflow.real_clips(clips, 8, 10, 0)[:, 0, 0, 0, 0].tolist()
+    assert sorted(starts) == [0, 8, 100, 108] and len(biflow.real_clips(clips, 8, 3, 0)) == 3
+    with pytest.raises(Fault, match="at least 16 frames, and two of them"):
+        biflow.real_clips(common.Clips(None, [20], 2, held[:1]), 16, 10, 0)
