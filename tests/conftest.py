@@ -2,5 +2,9 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests are many small things, two cores may be busy
+os.environ["OMP_NUM_THREADS"] = "1"  # many small things; and sums, so bits, depend on the number of threads
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that plain `pytest` finds the scripts
+
+import torch
+
+torch.set_num_threads(1)  # a plugin may have imported it before the line above
