@@ -16,6 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, field, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,17 +28,13 @@ IMAGES, TENSORS = {".jpg", ".jpeg", ".png", ".webp"}, {".npy", ".npz", ".pt"}
 FOLDERS = {"sky": ("sky_timelapse",), "mazes": ("gqn_mazes", "mazes"), "minerl": ("minerl_navigate",),
            "carla": ("carla_no_traffic",), "biking": ("mountain_biking",), "riding": ("horseback_riding",)}
 
-
 class Fault(Exception):
     """Something the user can mend: shown as one line, exit status 2."""
 
-
 # ---------------------------------------------------------------------------------------------- command line
-
 def opt(default, help, lo=None, hi=None, choices=None):
     """A Config field: its default, its line in --help, and what it may be."""
     return field(default=default, metadata=dict(help=help, lo=lo, hi=hi, choices=choices))
-
 
 def parse_args(Config, presets, doc, argv=None):
     """Config from the command line: what the user gave, over the preset's values, over the defaults. Raises Fault."""
@@ -64,16 +61,15 @@ def parse_args(Config, presets, doc, argv=None):
             raise Fault(f"--{f.name} {v}: must lie between {m['lo']} and {m['hi']}")
     return cfg
 
-
 def run(main):
     """Call main(); a Fault or Ctrl-C ends in one line instead of a traceback."""
     try:
         main()
     except Fault as e:
-        sys.exit(print(f"error: {str(e).strip().splitlines()[-1]}", file=sys.stderr) or 2)
+        text = str(e).strip().splitlines()[-1].split("Fault: ")[-1]  # one from a loader's worker brings its traceback
+        sys.exit(print(f"error: {text}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(print("interrupted; what was saved before is intact", file=sys.stderr) or 130)
-
 
 def pick_device(name):
     """'auto' -> cuda, mps or cpu, whichever is there; a device that is not there is a Fault."""
@@ -85,14 +81,11 @@ def pick_device(name):
         raise Fault(f"--device {name} cannot be used here ({str(e).splitlines()[0]}); try --device cpu")
     return torch.device(name)
 
-
 # ---------------------------------------------------------------------------------------------- real clips
-
 def _number(path):
     """Frames sort by the last number in their name, else by name."""
     digits = re.findall(r"\d+", path.stem)
     return (int(digits[-1]) if digits else -1, path.name)
-
 
 def _animated(path):
     try:
@@ -100,7 +93,6 @@ def _animated(path):
             return getattr(im, "n_frames", 1) > 1
     except OSError:  # broken: found out, and named, when it is read
         return False
-
 
 def _sources(root):
     """Every clip below root: a folder of frames (list of paths), or one animated or tensor file (path)."""
@@ -115,11 +107,9 @@ def _sources(root):
             found.append(frames)
     return found
 
-
 def _fit(image, size):
     """Any PIL image as uint8 (3, size, size): largest centred square, antialiased."""
     return torch.from_numpy(np.array(ImageOps.fit(image.convert("RGB"), (size, size), Image.BICUBIC))).permute(2, 0, 1)
-
 
 def _tensor_clip(path, size):
     """A .npy/.npz/.pt clip (T, H, W, C) or (T, C, H, W), uint8 or float in [0, 1], [-1, 1] or [0, 255]."""
@@ -134,7 +124,6 @@ def _tensor_clip(path, size):
         a = (a + 1) * 127.5 if a.min() < 0 else a * 255 if a.max() <= 1 else a
     a = a.round().clamp(0, 255).to(torch.uint8).numpy()
     return torch.stack([_fit(Image.fromarray(x), size) for x in a])
-
 
 def read_clip(source, size, start=0, stop=None):
     """One clip, or frames start..stop of it, as uint8 (T, 3, size, size). Raises OSError or ValueError if broken."""
@@ -152,11 +141,11 @@ def read_clip(source, size, start=0, stop=None):
     with Image.open(source) as im:
         return torch.stack([_fit(f, size) for f in ImageSequence.Iterator(im)])[start:stop]
 
-
 def _split(root, split):
     """The clips of 'train' or 'test': sub-folders in any usual spelling, else a seeded 80-20 split over clips."""
-    sub = {s: [d for d in sorted(root.iterdir()) if d.is_dir() and re.search(word, d.name.lower())]
-           for s, word in (("train", "train"), ("test", "test|val"))}
+    called = lambda d, word: d.is_dir() and re.search(f"(^|[^a-z])({word})([^a-z]|$)", d.name.lower())
+    sub = {s: [d for d in sorted(root.iterdir()) if called(d, word)]
+           for s, word in (("train", "train(ing)?"), ("test", "test(ing)?|val(id(ation)?)?"))}
     if sub["train"] and sub["test"]:
         return [c for d in sub[split] for c in _sources(d)]
     clips = _sources(root)
@@ -164,10 +153,8 @@ def _split(root, split):
     n_test = max(1, round(0.2 * len(clips)))
     return [clips[i] for i in sorted(order[:n_test] if split == "test" else order[n_test:])]
 
-
 def _name(source):
     return str(source[0].parent.name if isinstance(source, list) else source.name)
-
 
 class Clips(torch.utils.data.Dataset):
     """Clips of one split. `frames(i, a, b)` is uint8 (b - a, 3, H, W); small sets are held in memory, others read."""
@@ -185,7 +172,6 @@ class Clips(torch.utils.data.Dataset):
             return read_clip(self.sources[i], self.size, start, stop)
         except (OSError, ValueError) as e:
             raise Fault(f"clip {_name(self.sources[i])} cannot be read any more: {e}")
-
 
 def load_real(root, split, size, min_frames, max_bytes=4 << 30):
     """Real clips below root. Broken or too short ones are skipped with one warning; none left is a Fault."""
@@ -212,11 +198,10 @@ def load_real(root, split, size, min_frames, max_bytes=4 << 30):
               + ", ".join(bad), file=sys.stderr)
     keep = [(s, n, c) for s, (n, c) in zip(sources, results) if n >= min_frames]
     if not keep:
-        raise Fault(f"no usable {split} clips in {root}: a clip is a folder of numbered jpg/png/webp frames, an animated "
-                    f"gif/webp, or a .npy/.npz/.pt tensor, of at least {min_frames} frames; two clips at least")
+        raise Fault(f"no usable {split} clips in {root}: a clip is a folder of numbered jpg/png/webp frames, an "
+                    f"animated gif/webp, or a .npy/.npz/.pt tensor, of {min_frames} frames or more; two clips at least")
     sources, lengths, cache = zip(*keep)
     return Clips(sources, lengths, size, None if lazy else cache)
-
 
 def load_clips(dataset, data_dir, size, counts, frames, seed, min_frames=2, **world):
     """Train and test clips of a set, and whether they are 'real' or 'procedural'.
@@ -237,12 +222,12 @@ def load_clips(dataset, data_dir, size, counts, frames, seed, min_frames=2, **wo
                     + (", and without --data_dir a procedural world is used" if dataset in WORLDS else
                        f" (procedural worlds, for a start: {', '.join(WORLDS)})"))
     print(f"*** {looked}.\n*** PROCEDURAL world '{dataset}' is used instead: nothing below is real video. ***")
-    return *(render(dataset, s, n, size, frames, seed, **world) for s, n in zip(("train", "test"), counts)), "procedural"
-
+    train, test = (render(dataset, s, n, size, frames, seed, **world) for s, n in zip(("train", "test"), counts))
+    return train, test, "procedural"
 
 class Batches(torch.utils.data.Dataset):
-    """Item `step` is that step's batch of `length` consecutive frames, uint8 (B, length, 3, H, W), drawn evenly from all
-    there are: a function of (seed, step) alone, so a resumed run sees what an uninterrupted one would have seen."""
+    """Item `step` is that step's batch of `length` consecutive frames, uint8 (B, length, 3, H, W), drawn evenly from
+    all there are: a function of (seed, step) alone, so a resumed run sees what an uninterrupted one would have seen."""
 
     def __init__(self, clips, batch, length, seed):
         self.clips, self.batch, self.length, self.seed = clips, batch, length, seed
@@ -254,40 +239,27 @@ class Batches(torch.utils.data.Dataset):
         start = at - np.concatenate([[0], self.ends])[clip]
         return torch.stack([self.clips.frames(i, a, a + self.length) for i, a in zip(clip, start)])
 
-
 def batches(clips, batch, length, seed, steps, device):
     """The batches of `steps` (a range); frames that are read from disk are read by workers, ahead of the training."""
     workers = 0 if clips.cache is not None else min(8, os.cpu_count())
     return torch.utils.data.DataLoader(Batches(clips, batch, length, seed), batch_size=None, sampler=steps,
                                        num_workers=workers, pin_memory=device.type == "cuda")
 
-
 # ---------------------------------------------------------------------------------------------- procedural worlds
-
 def world_rng(seed, split, index):
     """The random stream of one clip: the same for the same (seed, split, index), different for any other."""
     return np.random.default_rng([seed, {"train": 0, "test": 1}[split], index])
 
-
-class Rendered(torch.utils.data.Dataset):
-    """Item i is clip i of a procedural world, uint8 (T, 3, H, W)."""
-
-    def __init__(self, name, split, size, frames, seed, **world):
-        self.args = name, split, size, frames, seed, world
-
-    def __getitem__(self, i):
-        name, split, size, frames, seed, world = self.args
-        return WORLDS[name](world_rng(seed, split, i), size, frames, **world)["video"]
-
+def _rendered(index, name, split, size, frames, seed, world):
+    return WORLDS[name](world_rng(seed, split, index), size, frames, **world)["video"]
 
 def render(name, split, count, size, frames, seed, **world):
     """`count` clips of a procedural world, held in memory."""
+    one = partial(_rendered, name=name, split=split, size=size, frames=frames, seed=seed, world=world)
     workers = min(8, os.cpu_count()) if count * frames * size**2 > 4e6 else 0
-    loader = torch.utils.data.DataLoader(Rendered(name, split, size, frames, seed, **world), batch_size=None,
-                                         sampler=range(count), num_workers=workers)
+    loader = torch.utils.data.DataLoader(range(count), batch_size=None, collate_fn=one, num_workers=workers)
     cache = [v.clone() for v in tqdm(loader, f"rendering {name} {split}", leave=False)]
     return Clips(None, [frames] * count, size, cache)
-
 
 def sky(rng, size, frames, wind="known", flow=False):
     """Two layers of cloud drifting over a sky gradient behind a ridge of hills.
@@ -302,7 +274,8 @@ def sky(rng, size, frames, wind="known", flow=False):
     fy, fx = np.fft.fftfreq(2 * size)[:, None], np.fft.rfftfreq(n)[None]
     f = np.hypot(fx * 1.0, fy * 1.6) * size / 32  # clouds are wider than high
     layers = []
-    for drift, power, cover, sharp in ((0.5, 1.9, rng.uniform(-0.8, 0.3), 2.0), (1.0, 2.1, rng.uniform(-0.6, 0.5), 5.0)):
+    cirrus, cumulus = (0.5, 1.9, rng.uniform(-0.8, 0.3), 2.0), (1.0, 2.1, rng.uniform(-0.6, 0.5), 5.0)
+    for drift, power, cover, sharp in (cirrus, cumulus):
         amplitude = np.where(f > 0, np.maximum(f, 1 / 40) ** -power, 0) * np.exp(-((f / 0.25) ** 4))
         spec = amplitude * np.exp(2j * np.pi * rng.uniform(size=f.shape))  # band-limited: sub-pixel drift is exact
         lit = spec * (1 - np.exp(-2j * np.pi * fy * 2.5 * size / 32))  # light from above: density minus density above
@@ -313,8 +286,10 @@ def sky(rng, size, frames, wind="known", flow=False):
         density, light = np.fft.irfft(rows[:, None] * shift[None, :, None], n)[..., :size].astype(np.float32)
         layers.append((1 / (1 + np.exp(-sharp * (density + cover))), light))  # opacity, light: (T, H, W)
     tone = lambda *keys: np.array([np.interp(hour, [0, 0.55, 1], k) for k in zip(*keys)], np.float32)  # (3,)
-    top, low = tone((40, 100, 190), (80, 105, 165), (45, 40, 95)), tone((165, 205, 240), (245, 205, 150), (235, 110, 80))
-    bright, dark = tone((252, 252, 255), (255, 235, 205), (250, 170, 130)), tone((165, 175, 190), (160, 130, 130), (80, 60, 95))
+    top = tone((40, 100, 190), (80, 105, 165), (45, 40, 95))
+    low = tone((165, 205, 240), (245, 205, 150), (235, 110, 80))
+    bright = tone((252, 252, 255), (255, 235, 205), (250, 170, 130))
+    dark = tone((165, 175, 190), (160, 130, 130), (80, 60, 95))
     y = np.linspace(0, 1, size, dtype=np.float32)[:, None]
     picture = (top + (low - top) * y**1.3)[:, None]  # (H, 1, 3); constant along x, so that drift is exact
     for (alpha, light), strength in zip(layers, (0.75, 1.0)):
@@ -337,7 +312,6 @@ def sky(rng, size, frames, wind="known", flow=False):
         out["visible"] = torch.from_numpy(same & (target <= size - 1))
     return out
 
-
 def _maze(rng, cells):
     """Walls of a maze with a few loops, bool (2 cells + 1, 2 cells + 1); rooms lie at odd indices."""
     wall = np.ones((2 * cells + 1,) * 2, bool)
@@ -347,7 +321,6 @@ def _maze(rng, cells):
         for a, b in rng.permutation(ways)[:1 + (rng.uniform() < 0.25)] if ways else ():
             wall[2 * i + 1 + a, 2 * j + 1 + b] = False
     return wall
-
 
 def _walk(rng, wall, frames):
     """A first-person walk: positions (T, 2) and headings (T,); it turns where the way ends or a side way tempts."""
@@ -368,7 +341,6 @@ def _walk(rng, wall, frames):
     pose = np.array(pose, np.float32)[late:late + frames]
     return pose[:, :2] + 0.5, pose[:, 2]
 
-
 def mazes(rng, size, frames, tan=0.9):
     """A first-person walk through a textured maze by ray casting; which way it turns no frame tells.
 
@@ -378,7 +350,7 @@ def mazes(rng, size, frames, tan=0.9):
     at, angle = _walk(rng, wall, frames)
     v, u = np.mgrid[:16, :16]
     patterns = np.array([(v % 4 == 0) | ((u + 4 * (v // 4 % 2)) % 8 == 0), (u // 4 + v // 4) % 2 == 0, u // 2 % 2 == 0,
-                         np.hypot(u - 7.5, v - 7.5) < 5, (u + v) // 4 % 2 == 0])  # bricks, checks, stripes, disc, diagonals
+                         np.hypot(u - 7.5, v - 7.5) < 5, (u + v) // 4 % 2 == 0])  # bricks, checks, stripes, disc, slant
     hues = rng.uniform(40, 235, size=(5, 1, 1, 3)) * rng.uniform(0.9, 1.05, size=(5, 16, 16, 1))
     texture = np.where(rng.permutation(patterns)[..., None], 0.55 * hues, hues).reshape(-1, 3).astype(np.float32)
     style = rng.integers(4, size=wall.shape, dtype=np.int32)  # of every wall; the fifth texture is the floor
@@ -401,7 +373,8 @@ def mazes(rng, size, frames, tan=0.9):
     height = screen[:, None] * depth[:, None]  # (T, rows, columns), 0 = eye, down; walls reach from -.5 to .5
     down, far = height > 0.5, 0.5 / np.maximum(screen, 1e-3)[:, None]  # where the floor is, and its depth
     pick = lambda x: (x % 1 * 16).astype(np.int32)
-    on_floor = pick(at[:, :, None, 0] + ray[:, None, :, 0] * far) * 16 + pick(at[:, :, None, 1] + ray[:, None, :, 1] * far)
+    floor = at[:, :, None] + ray[:, None] * far[..., None]  # (T, rows, columns, 2)
+    on_floor = pick(floor[..., 0]) * 16 + pick(floor[..., 1])
     on_wall = pick(height + 0.5) * 16 + pick(np.where(side, hit[..., 0], hit[..., 1]))[:, None]
     kind = style[cell[..., 0], cell[..., 1]][:, None] * 256
     light = np.where(down, 0.8 / (1 + 0.06 * far), (np.where(side, 0.75, 1.0) / (1 + 0.06 * depth))[:, None])
@@ -411,24 +384,22 @@ def mazes(rng, size, frames, tan=0.9):
     picture = picture.reshape(frames, size, 2, size, 2, 3).mean((2, 4))
     return dict(video=torch.from_numpy(np.rint(picture.clip(0, 255)).astype(np.uint8)).permute(0, 3, 1, 2))
 
-
 WORLDS = {"sky": sky, "mazes": mazes}
 
-
 # ---------------------------------------------------------------------------------------------- noise levels
-
 def like(s, x):
     """Per-sample scalars s (B,) shaped to broadcast over x (B, ...)."""
     return s.view(-1, *[1] * (x.ndim - 1))
-
 
 def to_float(frames):
     """uint8 -> float in [-1, 1]."""
     return frames.float() / 127.5 - 1
 
+def to_uint8(x):
+    """float in [-1, 1], clamped to it -> uint8 in main memory."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 # ---------------------------------------------------------------------------------------------- what a run writes
-
 def open_run(script, cfg, source):
     """The output folder, locked for this run; a folder with an earlier run is never overwritten. Raises Fault."""
     name = re.sub(r"[^\w.-]+", "_", Path(cfg.dataset).name) + ("-procedural" if source == "procedural" else "")
@@ -451,9 +422,8 @@ def open_run(script, cfg, source):
         write(out / "config.json", json.dumps(asdict(cfg), indent=1))
     return out, lock
 
-
 def write(path, data):
-    """Write text or, through a callable, anything, to a temporary file and rename it: never half a file. Raises Fault."""
+    """Write text or, through a callable, anything to a temporary file and rename it: never half a one. Raises Fault."""
     part = path.with_name(f".{path.name}.part")
     try:
         if callable(data):
@@ -465,18 +435,16 @@ def write(path, data):
         part.unlink(missing_ok=True)
         raise Fault(f"cannot write {path}: {str(e).splitlines()[0]}; what was there before is intact")
 
-
 def save_checkpoint(path, script, cfg, **state):
     write(path, lambda p: torch.save(dict(state, script=script, config=asdict(cfg)), p))
 
-
 def load_checkpoint(path, script, cfg, must_fit, device):
-    """A checkpoint of this script whose config fits in the fields `must_fit`; no code in it is ever run. Raises Fault."""
+    """A checkpoint of this script whose config fits in the fields `must_fit`; no code in it is run. Raises Fault."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         made_by, made_with = state["script"], state["config"]
     except Exception as e:  # truncated, garbage, a pickle with code: each raises something else
-        raise Fault(f"{path} is not a readable checkpoint ({type(e).__name__}); delete it or give --out_dir another folder")
+        raise Fault(f"{path} is not a readable checkpoint ({type(e).__name__}); delete it or name another --out_dir")
     if made_by != script:
         raise Fault(f"{path} was written by {made_by}.py, not {script}.py")
     for k in must_fit:
@@ -485,12 +453,10 @@ def load_checkpoint(path, script, cfg, must_fit, device):
                         f"use the same value or another --out_dir")
     return state
 
-
 def as_csv(rows):
     """Rows (dicts with the same keys) as CSV text."""
     text = lambda v: f"{v:.6g}" if isinstance(v, float) else str(v)
     return "".join(",".join(map(text, r)) + "\n" for r in [list(rows[0]), *(r.values() for r in rows)]) if rows else ""
-
 
 @contextmanager
 def interruptible():
@@ -510,21 +476,18 @@ def interruptible():
         for s, handler in old.items():
             signal.signal(s, handler)
 
-
 def write_results(out, script, cfg, dataset, rows, started, **more):
     write(out / "results.json", json.dumps(dict(
         script=script, command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), preset=cfg.preset, seed=cfg.seed,
-        device=str(cfg.device), torch=torch.__version__, wall_s=round(time.time() - started, 1), dataset=dataset, rows=rows,
-        **more), indent=1))
-
+        device=str(cfg.device), torch=torch.__version__, wall_s=round(time.time() - started, 1), dataset=dataset,
+        rows=rows, **more), indent=1))
 
 def table(rows, columns):
     """Rows (dicts) as aligned text; columns maps a row key to (heading, format)."""
     cells = [[h for h, _ in columns.values()]]
     cells += [["-" if r.get(k) is None else format(r[k], f) for k, (_, f) in columns.items()] for r in rows]
     widths = [max(map(len, c)) for c in zip(*cells)]
-    return "\n".join("  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(r, widths))) for r in cells)
-
+    return "\n".join("  ".join(f"{c:{'>' if k else '<'}{w}}" for k, (c, w) in enumerate(zip(r, widths))) for r in cells)
 
 def sheet(rows, heads, scale=2, left=90):
     """A labelled contact sheet: rows of (label, uint8 (N, 3, H, W)), heads over the columns -> PIL image."""
@@ -540,13 +503,10 @@ def sheet(rows, heads, scale=2, left=90):
             page.paste(image, (left + k * (size + 2), 16 + r * (size + 2)))
     return page
 
-
 def save_gif(path, pages, ms=80):
     write(path, lambda p: pages[0].save(p, "GIF", save_all=True, append_images=pages[1:], duration=ms, loop=0))
 
-
 INKS = ["#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8c564b", "#7f7f7f"]
-
 
 def save_curves(path, panels, size=(470, 330)):
     """Line charts side by side. A panel: dict(title, x, y, lines={label: (xs, ys)}, log=False); one point is a dot."""
@@ -558,13 +518,15 @@ def save_curves(path, panels, size=(470, 330)):
         points = [(x, warp(y)) for xs, ys in panel["lines"].values() for x, y in zip(xs, ys)]
         (left, right), (low, high) = ((min(p), max(p)) for p in zip(*points))
         right, high = right + (right == left), high + 0.05 * (high - low) + 1e-9
-        place = lambda x, y: (x0 + (x - left) / (right - left) * (x1 - x0), y0 + (warp(y) - low) / (high - low) * (y1 - y0))
+        place = lambda x, y: (x0 + (x - left) / (right - left) * (x1 - x0),
+                              y0 + (warp(y) - low) / (high - low) * (y1 - y0))
         draw.rectangle((x0, y1, x1, y0), outline="#999999")
         draw.text((x0, 8), panel["title"], "black", font)
-        draw.text((x0, size[1] - 18), f"{panel['x']}   (up: {panel['y']}{', log' if panel.get('log') else ''})", "black", font)
+        log = ", log" if panel.get("log") else ""
+        draw.text((x0, size[1] - 18), f"{panel['x']}   (up: {panel['y']}{log})", "black", font)
         for q in (0, 0.5, 1):
             value = low + q * (high - low)
-            draw.text((k * size[0] + 4, y0 + q * (y1 - y0) - 7), f"{10**value if panel.get('log') else value:.3g}", "black", font)
+            draw.text((k * size[0] + 4, y0 + q * (y1 - y0) - 7), f"{10**value if log else value:.3g}", "black", font)
             draw.text((x0 + q * (x1 - x0) - 12, y0 + 4), f"{left + q * (right - left):.3g}", "black", font)
         for n, (label, (xs, ys)) in enumerate(panel["lines"].items()):
             ink, path_ = INKS[n % len(INKS)], [place(x, y) for x, y in zip(xs, ys)]

@@ -220,7 +220,7 @@ def test_real_clips_run_without_a_flag_but_data_dir(run, tmp_path, layout):
     ("--joint three", "--joint three: unknown; choose one of one, two"),
     ("--wind strong", "--wind strong: unknown; choose one of known, unknown"),
     ("--methods flow,magic", "'magic' is unknown; choose from flow,condiff,biflow"), ("--methods ", "is unknown"),
-    ("--size 18 --mults 1,2", "--size 18: must be a multiple of 4"),
+    ("--size 18 --mults 1,2", "--size 18: must be 8 or a larger multiple of 4"),
     *[(f"--{f} {v}", f"--{f}") for f, v in (
         ("iters", -1), ("batch", 0), ("batch", "x"), ("size", 0), ("size", 10**9), ("seed", -1), ("width", 0),
         ("blocks", 0), ("patch", 0), ("lr", "nan"), ("lr", -1), ("lr", "inf"), ("lr_end", 2), ("ema", 1), ("clips", 0),

@@ -151,7 +151,7 @@ def test_no_usable_clip_or_an_empty_folder_is_a_fault(tmp_path):
         common.load_real(tmp_path, "train", 8, 2)
     for k in range(3):
         folder(tmp_path / f"c{k}", frames=1)
-    with pytest.raises(Fault, match="at least 2 frames"):
+    with pytest.raises(Fault, match="of 2 frames or more"):
         common.load_real(tmp_path, "train", 8, 2)
 
 
