@@ -98,6 +98,12 @@ def test_train_and_test_folders_are_found_in_their_usual_spellings(tmp_path, tra
     assert [len(g) for g in got] == [3, 1] and level(got[1], 0)[0] == 9
 
 
+def test_clips_whose_names_only_contain_the_words_are_no_split(tmp_path):
+    for k, name in enumerate(("trainspotting", "constraint", "contest", "valley", "value")):
+        folder(tmp_path / name, k)
+    assert [len(common.load_real(tmp_path, s, 8, 2)) for s in ("train", "test")] == [4, 1]
+
+
 def test_without_split_folders_clips_are_split_80_20_disjoint_and_the_same_every_time(tmp_path):
     for k in range(10):
         np.save(tmp_path / f"{k}.npy", grey(k).numpy())
