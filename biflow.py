@@ -35,7 +35,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import common
-from common import Fault, like, opt, to_float, to_uint8
+from common import Fault, cut, feature_fn, frechet, like, opt, to_float, to_uint8
 
 @dataclass
 class Config:
@@ -315,61 +315,7 @@ def losses(method, net, x0, x1, t, alpha, n):
         return dict(zip(("biflow_v", "biflow_n"), biflow_loss(f, x0, x1, t, alpha, n)))
     return {method: flow_loss(f, x0, x1, t) if method == "flow" else condiff_loss(f, x0, x1, alpha, n)}
 
-# ----------------------------------------------------------------------------------------------- Frechet distance
-def own_features(video):
-    """Fixed, seeded, motion-sensitive features of short clips: uint8 (N, T > 4, 3, H, W) -> (N, 46) float64.
-
-    Log-energies of six random filters on the frames, on what changes from one frame to the next, and over four frames;
-    how far change correlates with the gradients (the direction of motion); colour means and spreads; at two scales. A
-    change of 1 is a factor e. Energies below (4 grey levels)^2, which nobody sees, count as none.
-    """
-    bank = torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(0)).to(video.device)
-    bank = (bank - bank.mean((2, 3), keepdim=True)) / 75**0.5  # blind to brightness
-    x, out, unseen = to_float(video), [], 1e-3
-    out += [4 * x.mean((1, 3, 4)), 4 * x.std((1, 3, 4))]  # (N, 3) each
-    for _ in range(2):
-        for signal in (x, x[:, 1:] - x[:, :-1], x[:, 4:] - x[:, :-4]):
-            response = F.conv2d(signal.flatten(0, 1), bank).unflatten(0, signal.shape[:2])
-            out.append((unseen + response.square().mean((3, 4))).log().mean(1))  # (N, 6)
-        dt, gx, gy = x.diff(dim=1)[..., 1:, 1:], x.diff(dim=-1)[:, :-1, ..., 1:, :], x.diff(dim=-2)[:, :-1, ..., 1:]
-        energy = lambda a: a.square().mean((1, 2, 3, 4)) + unseen
-        out += [2 * ((dt * g).mean((1, 2, 3, 4)) / (energy(dt) * energy(g)).sqrt())[:, None] for g in (gx, gy)]
-        x = F.avg_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
-    return torch.cat(out, 1).cpu().double()  # MPS has no float64
-
-def feature_fn(name, device):
-    """(features(uint8 (N, T, 3, H, W)) -> (N, D) float64, frames T of a clip) for --features. Raises Fault."""
-    if name == "own":
-        return own_features, 8
-    if name == "r3d_18":
-        from torchvision.models.video import R3D_18_Weights, r3d_18
-        try:
-            net = r3d_18(weights=R3D_18_Weights.KINETICS400_V1).eval().to(device)
-        except OSError as e:  # URLError is one
-            raise Fault(f"--features r3d_18: its weights cannot be downloaded ({e}); use --features own")
-        net.fc, prepare = nn.Identity(), R3D_18_Weights.KINETICS400_V1.transforms()
-        return (lambda v: torch.cat([net(prepare(c)) for c in v.split(8)]).cpu().double()), 16
-    try:
-        net = torch.jit.load(name, map_location=device).eval()
-    except (RuntimeError, ValueError) as e:
-        raise Fault(f"--features {name}: neither own, r3d_18 nor a TorchScript file ({str(e).strip().splitlines()[0]})")
-    keywords = dict(rescale=True, resize=True, return_features=True)  # of the usual i3d_torchscript.pt, on 0..255
-    return (lambda v: torch.cat([net(c.float().transpose(1, 2), **keywords) for c in v.split(8)]).cpu().double()), 32
-
-def frechet(a, b):
-    """Frechet distance of two sets of features (N, D), (M, D): |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))."""
-    a, b = a.double(), b.double()
-    cov_a, cov_b = (torch.atleast_2d(torch.cov(x.T)) for x in (a, b))
-    w, v = torch.linalg.eigh(cov_a)
-    root = (v * w.clamp(min=0).sqrt()) @ v.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()  # tr (C_a C_b)^(1/2)
-    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
-
-def cut(videos, length):
-    """Non-overlapping clips of `length` frames: (N, T, ...) -> (N * (T // length), length, ...)."""
-    n = videos.shape[1] // length
-    return videos[:, :n * length].unflatten(1, (n, length)).flatten(0, 1)
-
+# ----------------------------------------------------------------------------------------------- train, evaluate
 def real_clips(clips, length, count, seed):
     """Up to `count` clips of `length` frames, drawn without repetition from a split. Raises Fault if there are none."""
     places = [(i, a) for i, n in enumerate(clips.lengths) for a in range(0, n - length + 1, length)]
@@ -378,7 +324,6 @@ def real_clips(clips, length, count, seed):
     pick = np.random.default_rng([seed, 77]).permutation(len(places))[:count]
     return torch.stack([clips.frames(i, a, a + length) for i, a in (places[p] for p in pick)])
 
-# ---------------------------------------------------------------------------------------------------- train, evaluate
 def noise_of(seed, step, x, device):
     """t, alpha ~ U(0, 1) (B,) and n ~ N(0, 1) like x: a function of (seed, step), the same for all methods."""
     g = torch.Generator().manual_seed((seed << 32) + step)
@@ -518,7 +463,7 @@ def pictures(out, rows, videos, log):
     lines = [(label(k), v[0][[a for a in at if a < v.shape[1]]]) for k, v in shown.items()]
     lines += [("states from\nframe 0 + n\nto frame 1", between[0])] if between is not None else []
     page = common.sheet(lines, at, scale=max(1, 64 // lines[0][1].shape[-1]))
-    common.write(out / "sheet.png", lambda path: page.save(path, "PNG"))
+    common.save_page(out / "sheet.png", page)
     four = lambda a: [(label(k), v[:4, min(a, v.shape[1] - 1)]) for k, v in shown.items()]
     common.save_gif(out / "samples.gif", [common.sheet(four(a), [f"frame {a}"]) for a in range(0, frames, 2)])
     heun = [r for r in rows if r["solver"] == "heun"]
@@ -539,16 +484,9 @@ SAME_TRAINING = ("seed", "batch", "iters", "lr", "lr_end", "ema", "clips", "wind
 
 def check(cfg):
     """What single values cannot tell. Raises Fault."""
-    unknown = [m for m in cfg.methods.split(",") if m not in NAMES]
-    if unknown:
-        raise Fault(f"--methods {cfg.methods}: {unknown[0]!r} is unknown; choose from {','.join(NAMES)}")
-    for name, low, high in (("eps", 0, 1), ("mults", 0.25, 8)):
-        try:
-            values = [float(v) for v in getattr(cfg, name).split(",")]
-        except ValueError:
-            values = [-1.0]
-        if not all(low <= v <= high for v in values):
-            raise Fault(f"--{name} {getattr(cfg, name)}: must be numbers between {low} and {high}, separated by commas")
+    common.check_names(cfg, "methods", NAMES)
+    common.check_list(cfg, "eps", float, 0, 1)
+    common.check_list(cfg, "mults", float, 0.25, 8)
     fold = cfg.patch * 2 ** (cfg.mults.count(","))
     if cfg.size % fold or cfg.size == fold:
         raise Fault(f"--size {cfg.size}: must be {2 * fold} or a larger multiple of {fold} (patch x 2 a level but one)")

@@ -21,7 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
+from torch import nn
 from tqdm import tqdm
 
 IMAGES, TENSORS = {".jpg", ".jpeg", ".png", ".webp"}, {".npy", ".npz", ".pt"}
@@ -60,6 +62,21 @@ def parse_args(Config, presets, doc, argv=None):
         if m["lo"] is not None and not m["lo"] <= v <= m["hi"]:  # also refuses nan
             raise Fault(f"--{f.name} {v}: must lie between {m['lo']} and {m['hi']}")
     return cfg
+
+def check_list(cfg, name, kind, low, high):
+    """A field that holds numbers with commas between them: all of them in [low, high], else Fault."""
+    try:
+        values = [kind(v) for v in getattr(cfg, name).split(",")]
+    except ValueError:
+        values = [math.nan]
+    if not all(low <= v <= high for v in values):
+        raise Fault(f"--{name} {getattr(cfg, name)}: must be numbers between {low} and {high}, separated by commas")
+
+def check_names(cfg, name, known):
+    """A field that holds names with commas between them: all of them known, else Fault."""
+    for given in getattr(cfg, name).split(","):
+        if given not in known:
+            raise Fault(f"--{name} {getattr(cfg, name)}: {given!r} is unknown; choose from {','.join(known)}")
 
 def run(main):
     """Call main(); a Fault or Ctrl-C ends in one line instead of a traceback."""
@@ -384,7 +401,106 @@ def mazes(rng, size, frames, tan=0.9):
     picture = picture.reshape(frames, size, 2, size, 2, 3).mean((2, 4))
     return dict(video=torch.from_numpy(np.rint(picture.clip(0, 255)).astype(np.uint8)).permute(0, 3, 1, 2))
 
-WORLDS = {"sky": sky, "mazes": mazes}
+def layered(size, layers, flow):
+    """Rigid, textured rounded boxes over each other, bottom first.
+
+    A layer: box (half width, half height, radius of the corners), pose (T, 3) as x, y, angle, colour (3,), waves
+    (n, 3), strength of the texture. Returns video uint8 (T, 3, H, W), with flow=True also the exact forward flow
+    (T-1, 2, H, W) and `visible` (T-1, H, W): the target lies in the picture and under no other layer.
+    """
+    local = lambda pose, x, y: (np.cos(pose[2]) * (x - pose[0]) + np.sin(pose[2]) * (y - pose[1]),
+                                np.cos(pose[2]) * (y - pose[1]) - np.sin(pose[2]) * (x - pose[0]))
+    def outside(box, x, y):  # signed distance to the box
+        x, y = abs(x) - box[0], abs(y) - box[1]
+        return np.hypot(np.maximum(x, 0), np.maximum(y, 0)) + np.minimum(np.maximum(x, y), 0) - box[2]
+
+    u, v = np.arange(size, dtype=np.float32), np.arange(size, dtype=np.float32)[:, None]
+    poses = [layer["pose"].T[..., None, None].astype(np.float32) for layer in layers]  # (3, T, 1, 1) each
+    frames = poses[0].shape[1]
+    picture, owner = np.zeros((frames, size, size, 3), np.float32), np.zeros((frames, size, size), np.int8)
+    target = np.zeros((2, frames - 1, size, size), np.float32)
+    for k, (layer, pose) in enumerate(zip(layers, poses)):
+        x, y = local(pose, u, v)  # (T, H, W) each
+        cover = (0.5 - outside(layer["box"], x, y)).clip(0, 1)
+        t, i, j = np.nonzero(cover)  # a small layer touches few pixels
+        x, y, cover = x[t, i, j], y[t, i, j], cover[t, i, j]
+        wave = sum(np.sin(a * x + b * y + c) for a, b, c in layer["waves"].astype(np.float32)) / len(layer["waves"])
+        colour = np.float32(layer["colour"]) * (1 + np.float32(layer["strength"]) * wave)[:, None]
+        picture[t, i, j] += cover[:, None] * (colour - picture[t, i, j])
+        if flow:
+            on = (cover > 0.5) & (t < frames - 1)
+            t, i, j, x, y, (cx, cy, angle) = t[on], i[on], j[on], x[on], y[on], pose[:, t[on] + 1, 0, 0]
+            c, s = np.cos(angle), np.sin(angle)
+            target[:, t, i, j] = c * x - s * y + cx, s * x + c * y + cy
+            owner[t, i, j] = k
+    found = dict(video=torch.from_numpy(np.rint(picture.clip(0, 255)).astype(np.uint8)).permute(0, 3, 1, 2))
+    if flow:
+        seen = (target > -0.5).all(0) & (target < size - 0.5).all(0)
+        for k, (layer, pose) in enumerate(zip(layers, poses)):
+            seen &= (owner[:-1] >= k) | (outside(layer["box"], *local(pose[:, 1:], *target)) > 0)
+        target -= np.stack(np.broadcast_arrays(u, v))[:, None]
+        found |= dict(flow=torch.from_numpy(target).transpose(0, 1), visible=torch.from_numpy(seen))
+    return found
+
+def texture(rng, size, low=3, high=16):
+    """Five plane waves of `low` to `high` pixels a period (at 32 px): too many to look the same anywhere near."""
+    angle, k = rng.uniform(0, 2 * np.pi, 5), 2 * np.pi / (rng.uniform(low, high, 5) * size / 32)
+    return np.stack([k * np.cos(angle), k * np.sin(angle), rng.uniform(0, 6.3, 5)], 1)
+
+def shapes(rng, size, frames, flow=False, speed=1.0):
+    """Motion in general: one to four textured boxes and discs, turning, over a background that may move itself."""
+    t, unit, layers = np.arange(frames)[:, None], size / 32, []
+    for k in range(1 + rng.integers(1, 5)):
+        still = rng.uniform() < (0.5 if k == 0 else 0.15)
+        velocity = np.append(rng.normal(size=2) * unit * speed * rng.uniform(0.1, 1), rng.normal() * 0.06)
+        start = np.append(rng.uniform(0, size, 2), rng.uniform(0, 6.3))
+        pose = start + (0 if still else 1) * velocity * (t + 0.02 * rng.normal() * t**2)
+        side = rng.uniform(0, 7, 2) * (rng.uniform() < 0.7) * unit if k else (9e3, 9e3)
+        layers.append(dict(box=(*side, rng.uniform(1, 5) * unit), pose=pose, colour=rng.uniform(30, 225, 3),
+                           waves=texture(rng, size), strength=rng.uniform(0.4, 1.2)))
+    return layered(size, layers, flow)
+
+def robot(rng, size, frames, flow=False):
+    """An arm with a gripper reaches for a coloured block on a table and pushes it onto a mark, in one smooth move each.
+
+    All that decides the motion is to be seen in the first frame. Returns as layered().
+    """
+    S, still = float(size), lambda x, y, angle=0.0: np.tile([x, y, angle], (frames, 1))
+    smooth = lambda a: (10 * a**3 - 15 * a**4 + 6 * a**5)[:, None]  # no jerk at either end
+    clock = np.linspace(0, 1, frames)
+    reach, push = smooth((clock / 0.45).clip(0, 1)), smooth(((clock - 0.45) / 0.55).clip(0, 1))
+    way, side = rng.choice([-1, 1]), 0.085 * S
+    block = np.array([0.5 - way * rng.uniform(0.08, 0.22), rng.uniform(0.68, 0.84)]) * S
+    goal = block + np.array([way * rng.uniform(0.26, 0.4), rng.uniform(-0.06, 0.06)]) * S
+    home = np.array([rng.uniform(0.2, 0.8), rng.uniform(0.38, 0.48)]) * S
+    touch = block - np.array([way * (side + 0.05 * S), 0])
+    tip = home + reach * (touch - home) + push * (goal - block)  # (T, 2)
+    wrist, base, long = tip - np.array([0, 0.17 * S]), np.array([rng.uniform(0.25, 0.75), -0.12]) * S, 0.47 * S
+    apart = wrist - base
+    bend = np.arccos((np.hypot(*apart.T) / (2 * long)).clip(0, 1)) * (1 if base[0] < S / 2 else -1)
+    upper = np.arctan2(apart[:, 1], apart[:, 0]) + bend
+    elbow = base + long * np.stack([np.cos(upper), np.sin(upper)], 1)
+    lower = np.arctan2(*(wrist - elbow).T[::-1])
+    at = lambda p, angle=0.0: np.column_stack([p, np.broadcast_to(angle, frames)])
+    paint, steel, dark = rng.uniform(40, 230, 3), np.array([205, 205, 210.0]), np.array([70, 70, 80.0])
+    arm = np.array([[235, 120, 40], [225, 225, 230], [70, 110, 200], [235, 190, 50]])[rng.integers(4)]
+    bands = lambda period: np.array([[2 * np.pi / (period * S), 0, rng.uniform(0, 6.3)]])
+    part = lambda box, pose, colour, waves, strength=0.3: dict(box=tuple(S * b for b in box), pose=pose, colour=colour,
+                                                               waves=waves, strength=strength)
+    return layered(size, [
+        part((9, 9, 0), still(0, 0), rng.uniform(120, 190, 3), texture(rng, size), 0.12),  # wall
+        part((9, 9, 0), still(0, 9.52 * S), rng.uniform(0.5, 1, 3) * [190, 150, 110], texture(rng, S), 0.25),  # table
+        part((0, 0, 0.1), still(*goal), 0.6 * paint + 90, texture(rng, size), 0.1),  # mark
+        part((0, 0, 0.055), still(*goal), 0.3 * paint, texture(rng, size), 0.1),
+        part((0.075, 0.075, 0.01), at(block + push * (goal - block)), paint, texture(rng, size, 3, 7), 0.5),  # block
+        part((long / 2 / S, 0, 0.06), at((base + elbow) / 2, upper), arm, bands(0.22)),
+        part((0, 0, 0.075), at(elbow, upper), dark, bands(0.2)),
+        part((long / 2 / S, 0, 0.045), at((elbow + wrist) / 2, lower), arm * 0.85, bands(0.2)),
+        part((0.07, 0.02, 0.015), at(wrist), dark, bands(0.1)),  # gripper
+        part((0.006, 0.075, 0.014), at(wrist + [-0.055 * S, 0.09 * S]), steel, bands(0.2)),
+        part((0.006, 0.075, 0.014), at(wrist + [0.055 * S, 0.09 * S]), steel, bands(0.2))], flow)
+
+WORLDS = {"sky": sky, "mazes": mazes, "shapes": shapes, "robot": robot}
 
 # ---------------------------------------------------------------------------------------------- noise levels
 def like(s, x):
@@ -398,6 +514,90 @@ def to_float(frames):
 def to_uint8(x):
     """float in [-1, 1], clamped to it -> uint8 in main memory."""
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+def edm_weight(sigma, data=1.0):
+    """lambda(sigma) = (sigma^2 + data^2) / (sigma data)^2, (B,): EDM (Karras et al. 2022), Tab. 1; data: its std."""
+    return (sigma**2 + data**2) / (sigma * data) ** 2
+
+def edm_denoise(network, x, sigma, data=1.0):
+    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM Eq. 7. network(x, c_noise (B,)) -> like x; sigma (B,)."""
+    total = (sigma**2 + data**2).sqrt()
+    c_skip, c_out, c_in, c_noise = data**2 / total**2, sigma * data / total, 1 / total, sigma.log() / 4  # EDM Tab. 1
+    return like(c_skip, x) * x + like(c_out, x) * network(like(c_in, x) * x, c_noise)
+
+def karras_sigmas(steps, low=0.002, high=80.0, rho=7.0):
+    """Noise levels of a sampler, from high to low, then 0: (steps + 1,). EDM Eq. 5."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    return torch.cat([levels, torch.zeros(1)]).float()
+
+def sample_edm(denoise, x, sigmas, heun=True):
+    """EDM's deterministic sampler (Algorithm 1), Heun's or Euler's steps: x = sigmas[0] n (B, ...) -> x at sigmas[-1].
+
+    denoise(x, sigma (B,)) -> D(x; sigma), like x. Heun takes two evaluations a step, but one for the last, to 0.
+    """
+    for now, then in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
+        slope = (x - denoise(x, x.new_full((len(x),), now))) / now  # dx/dsigma, EDM Eq. 3
+        euler = x + (then - now) * slope
+        if heun and then > 0:
+            slope = (slope + (euler - denoise(euler, x.new_full((len(x),), then))) / then) / 2
+        x = x + (then - now) * slope
+    return x
+
+# ---------------------------------------------------------------------------------------------- Frechet distance
+def own_features(video):
+    """Fixed, seeded, motion-sensitive features of short clips: uint8 (N, T > 4, 3, H, W) -> (N, 46) float64.
+
+    Log-energies of six random filters on the frames, on what changes from one frame to the next, and over four frames;
+    how far change correlates with the gradients (the direction of motion); colour means and spreads; at two scales. A
+    change of 1 is a factor e. Energies below (4 grey levels)^2, which nobody sees, count as none.
+    """
+    bank = torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(0)).to(video.device)
+    bank = (bank - bank.mean((2, 3), keepdim=True)) / 75**0.5  # blind to brightness
+    x, out, unseen = to_float(video), [], 1e-3
+    out += [4 * x.mean((1, 3, 4)), 4 * x.std((1, 3, 4))]  # (N, 3) each
+    for _ in range(2):
+        for signal in (x, x[:, 1:] - x[:, :-1], x[:, 4:] - x[:, :-4]):
+            response = F.conv2d(signal.flatten(0, 1), bank).unflatten(0, signal.shape[:2])
+            out.append((unseen + response.square().mean((3, 4))).log().mean(1))  # (N, 6)
+        dt, gx, gy = x.diff(dim=1)[..., 1:, 1:], x.diff(dim=-1)[:, :-1, ..., 1:, :], x.diff(dim=-2)[:, :-1, ..., 1:]
+        energy = lambda a: a.square().mean((1, 2, 3, 4)) + unseen
+        out += [2 * ((dt * g).mean((1, 2, 3, 4)) / (energy(dt) * energy(g)).sqrt())[:, None] for g in (gx, gy)]
+        x = F.avg_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
+    return torch.cat(out, 1).cpu().double()  # MPS has no float64
+
+def feature_fn(name, device):
+    """(features(uint8 (N, T, 3, H, W)) -> (N, D) float64, frames T of a clip) for --features. Raises Fault."""
+    if name == "own":
+        return own_features, 8
+    if name == "r3d_18":
+        from torchvision.models.video import R3D_18_Weights, r3d_18
+        try:
+            net = r3d_18(weights=R3D_18_Weights.KINETICS400_V1).eval().to(device)
+        except OSError as e:  # URLError is one
+            raise Fault(f"--features r3d_18: its weights cannot be downloaded ({e}); use --features own")
+        net.fc, prepare = nn.Identity(), R3D_18_Weights.KINETICS400_V1.transforms()
+        return (lambda v: torch.cat([net(prepare(c)) for c in v.split(8)]).cpu().double()), 16
+    try:
+        net = torch.jit.load(name, map_location=device).eval()
+    except (RuntimeError, ValueError) as e:
+        raise Fault(f"--features {name}: neither own, r3d_18 nor a TorchScript file ({str(e).strip().splitlines()[0]})")
+    keywords = dict(rescale=True, resize=True, return_features=True)  # of the usual i3d_torchscript.pt, on 0..255
+    return (lambda v: torch.cat([net(c.float().transpose(1, 2), **keywords) for c in v.split(8)]).cpu().double()), 32
+
+def frechet(a, b):
+    """Frechet distance of two sets of features (N, D), (M, D): |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))."""
+    a, b = a.double(), b.double()
+    cov_a, cov_b = (torch.atleast_2d(torch.cov(x.T)) for x in (a, b))
+    w, v = torch.linalg.eigh(cov_a)
+    root = (v * w.clamp(min=0).sqrt()) @ v.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()  # tr (C_a C_b)^(1/2)
+    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+def cut(videos, length):
+    """Non-overlapping clips of `length` frames: (N, T, ...) -> (N * (T // length), length, ...)."""
+    n = videos.shape[1] // length
+    return videos[:, :n * length].unflatten(1, (n, length)).flatten(0, 1)
 
 # ---------------------------------------------------------------------------------------------- what a run writes
 def open_run(script, cfg, source):
@@ -476,6 +676,51 @@ def interruptible():
         for s, handler in old.items():
             signal.signal(s, handler)
 
+def load_stages(path, script, cfg, must_fit, same_training, last, device):
+    """The checkpoint that stage() goes on from: empty, or with --resume and --eval_only what is there. Raises Fault."""
+    if not (cfg.resume or cfg.eval_only):
+        return {"log": []}
+    saved = load_checkpoint(path, script, cfg, must_fit + (same_training if cfg.resume else ()), device)
+    if cfg.eval_only and saved.get(last, {}).get("step") != cfg.iters:
+        raise Fault(f"{path} is of a run that was interrupted: --resume finishes it")
+    return {k: v for k, v in saved.items() if k not in ("script", "config")}
+
+def stage(script, cfg, out, saved, name, until, parts, step, columns, watch=()):
+    """Run step(k) -> {loss: scalar tensor} for every k up to `until` not done yet; save, resume, stop as asked to.
+
+    parts: what has a state_dict. saved: the checkpoint, {name: {step, parts}, "log": rows}. columns: the losses of all
+    stages, for the log. watch: further steps to save at. Raises Fault if a loss is not finite, before anything is saved.
+    """
+    done = saved.get(name, {}).get("step", 0)
+    for k, part in parts.items() if done else ():
+        part.load_state_dict(saved[name]["parts"][k])
+    bar, recent, began = tqdm(total=until, initial=done, desc=name), [], time.time()
+    with interruptible() as interrupted:
+        for k in range(done + 1, until + 1):
+            losses = step(k)
+            recent.append(torch.stack([v.detach() for v in losses.values()]))
+            if k % 25 and k != until and k not in watch and not interrupted[0]:
+                continue  # reading the loss more often would stall a GPU
+            values = torch.stack(recent).cpu()
+            broken = (~values.isfinite()).nonzero()
+            if len(broken):
+                when, which = k - len(values) + 1 + int(broken[0, 0]), list(losses)[broken[0, 1]]
+                raise Fault(f"the loss {which} of stage {name} is not finite at step {when}; try a lower --lr; "
+                            f"{out / 'ckpt.pt'} is as it was before")
+            means = dict(zip(losses, values.mean(0).tolist()))
+            saved["log"].append({"stage": name, "step": k} | {n: means.get(n, "") for n in columns}
+                                | {"seconds": round(time.time() - began, 2)})
+            bar.set_postfix({n: f"{v:.4f}" for n, v in means.items()}, refresh=False)
+            bar.update(k - bar.n)
+            recent = []
+            if k % 500 == 0 or k == until or k in watch or interrupted[0]:
+                saved[name] = dict(step=k, parts={n: part.state_dict() for n, part in parts.items()})
+                save_checkpoint(out / "ckpt.pt", script, cfg, **saved)
+                write(out / "log.csv", as_csv(saved["log"]))
+            if interrupted[0]:
+                raise KeyboardInterrupt
+    bar.close()
+
 def write_results(out, script, cfg, dataset, rows, started, **more):
     write(out / "results.json", json.dumps(dict(
         script=script, command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), preset=cfg.preset, seed=cfg.seed,
@@ -503,6 +748,9 @@ def sheet(rows, heads, scale=2, left=90):
             page.paste(image, (left + k * (size + 2), 16 + r * (size + 2)))
     return page
 
+def save_page(path, page):
+    write(path, lambda p: page.save(p, "PNG"))
+
 def save_gif(path, pages, ms=80):
     write(path, lambda p: pages[0].save(p, "GIF", save_all=True, append_images=pages[1:], duration=ms, loop=0))
 
@@ -527,11 +775,11 @@ def save_curves(path, panels, size=(470, 330)):
         for q in (0, 0.5, 1):
             value = low + q * (high - low)
             draw.text((k * size[0] + 4, y0 + q * (y1 - y0) - 7), f"{10**value if log else value:.3g}", "black", font)
-            draw.text((x0 + q * (x1 - x0) - 12, y0 + 4), f"{left + q * (right - left):.3g}", "black", font)
+            draw.text((x0 + q * (x1 - x0) - 12, y0 + 4), f"{left + q * (right - left):.4g}", "black", font)
         for n, (label, (xs, ys)) in enumerate(panel["lines"].items()):
             ink, path_ = INKS[n % len(INKS)], [place(x, y) for x, y in zip(xs, ys)]
             draw.line(path_, ink, 2)
-            for x, y in path_:
+            for x, y in path_ if len(path_) <= 20 else ():
                 draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=ink)
             draw.text((x0 + 8, y1 + 4 + 13 * n), label, ink, font)
-    write(path, lambda p: page.save(p, "PNG"))
+    save_page(path, page)

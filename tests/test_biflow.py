@@ -14,8 +14,8 @@ from torch import nn
 
 import biflow
 import common
-from biflow import between, biflow_step, condiff_step, flow_step, frechet, own_features, solve_euler, solve_heun, stream
-from common import Fault
+from biflow import between, biflow_step, condiff_step, flow_step, solve_euler, solve_heun, stream
+from common import Fault, frechet, own_features
 
 exact = partial(solve_heun, atol=1e-7, rtol=1e-7, max_evals=10**6)
 
@@ -316,7 +316,7 @@ def test_frechet_equals_closed_forms_of_gaussians():
 @cache
 def sky_clips():
     """Test clips as the reference, train clips to be corrupted, uint8 (N, 8, 3, 32, 32)."""
-    clips = lambda split, count: biflow.cut(torch.stack(common.render("sky", split, count, 32, 32, 0).cache), 8)
+    clips = lambda split, count: common.cut(torch.stack(common.render("sky", split, count, 32, 32, 0).cache), 8)
     return clips("test", 100), clips("train", 40)
 
 
@@ -380,7 +380,7 @@ class Stub(nn.Module):
 @pytest.mark.filterwarnings("ignore:.*torch.jit")  # deprecated, but what I3D is handed around in
 def test_features_from_a_torchscript_file(tmp_path):
     torch.jit.script(Stub()).save(tmp_path / "i3d.pt")
-    features, length = biflow.feature_fn(str(tmp_path / "i3d.pt"), "cpu")
+    features, length = common.feature_fn(str(tmp_path / "i3d.pt"), "cpu")
     video = torch.arange(11 * 32 * 3).remainder(251).to(torch.uint8).view(11, 32, 3, 1, 1).expand(-1, -1, -1, 4, 4)
     got = features(video)
     assert length == 32 and got.dtype == torch.float64
@@ -388,7 +388,7 @@ def test_features_from_a_torchscript_file(tmp_path):
     (tmp_path / "text.pt").write_text("no network")
     for name in ("text.pt", "missing.pt"):
         with pytest.raises(Fault, match=f"--features .*{name}: neither own, r3d_18 nor a TorchScript file"):
-            biflow.feature_fn(str(tmp_path / name), "cpu")
+            common.feature_fn(str(tmp_path / name), "cpu")
 
 
 def test_weights_that_cannot_be_downloaded_are_a_fault(monkeypatch, tmp_path):
@@ -397,7 +397,7 @@ def test_weights_that_cannot_be_downloaded_are_a_fault(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", offline)
     with pytest.raises(Fault, match="--features r3d_18: its weights cannot be downloaded .*use --features own"):
-        biflow.feature_fn("r3d_18", "cpu")
+        common.feature_fn("r3d_18", "cpu")
 
 
 def test_real_clips_are_drawn_without_repetition_and_too_few_are_a_fault():
