@@ -447,7 +447,7 @@ def texture(rng, size, low=3, high=16):
     angle, k = rng.uniform(0, 2 * np.pi, 5), 2 * np.pi / (rng.uniform(low, high, 5) * size / 32)
     return np.stack([k * np.cos(angle), k * np.sin(angle), rng.uniform(0, 6.3, 5)], 1)
 
-def shapes(rng, size, frames, flow=False, speed=1.0):
+def shapes(rng, size, frames, flow=False, speed=1.0, rough=1.0):
     """Motion in general: one to four textured boxes and discs, turning, over a background that may move itself."""
     t, unit, layers = np.arange(frames)[:, None], size / 32, []
     for k in range(1 + rng.integers(1, 5)):
@@ -457,7 +457,7 @@ def shapes(rng, size, frames, flow=False, speed=1.0):
         pose = start + (0 if still else 1) * velocity * (t + 0.02 * rng.normal() * t**2)
         side = rng.uniform(0, 7, 2) * (rng.uniform() < 0.7) * unit if k else (9e3, 9e3)
         layers.append(dict(box=(*side, rng.uniform(1, 5) * unit), pose=pose, colour=rng.uniform(30, 225, 3),
-                           waves=texture(rng, size), strength=rng.uniform(0.4, 1.2)))
+                           waves=texture(rng, size), strength=rough * rng.uniform(0.4, 1.2)))
     return layered(size, layers, flow)
 
 def robot(rng, size, frames, flow=False):

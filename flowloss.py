@@ -10,12 +10,11 @@ at high noise means nothing, so the term is gated by the noise level. The paper'
     L_flow    S E lambda(s) sum_t o(a_t) || f_t(y) - f_t(D) ||^2       f: optical flow; o: 1 where visible, else 0.3
     L         L_recon + w(s) L_flow,   w(s) = 1 / (s^2 + 1) if s < psi, else 0          so w lambda = 1 / s^2 below psi
 
-Three stages: a tiny RAFT learns flow, a base image-to-video model learns motion in general, and from there the same
-model is fine-tuned on robot clips under each objective, on the same data and the same noise.
+A tiny RAFT learns flow, a base image-to-video model learns motion in general, and from there the same model is fine-
+tuned on robot clips under each objective, on the same data and the same noise.
 
     python flowloss.py --dataset robot                  # two CPU cores: about 15 minutes; a GPU: the `small` preset
     python flowloss.py --dataset robot --eval_only      # its tables and pictures again, from the checkpoint
-    python flowloss.py --dataset robot --objectives none,gated --psi 0.5
 
 prints the form of the paper's Fig. 4 and writes out/flowloss-robot-procedural/, beside what every script writes:
 noise.png (Fig. 3: flow against noise) and weights.png (Fig. 2: losses and weights by noise level).
@@ -44,7 +43,7 @@ class Config:
     data_dir: str = opt("", "real clips: DATA_DIR/DATASET/{train,test}/; empty: data, else a procedural world")
     preset: str = opt("auto", "tiny (two CPU cores), small (one GPU), paper (128 px); auto: by device")
     iters: int = opt(400, "fine-tuning steps of every objective", 1, 10**8)
-    base_iters: int = opt(400, "steps of the base model, on general motion", 0, 10**8)
+    base_iters: int = opt(1500, "steps of the base model, on general motion", 0, 10**8)
     raft_iters: int = opt(1000, "steps of the tiny RAFT", 0, 10**8)
     batch: int = opt(4, "clips in a batch", 1, 65536)
     size: int = opt(32, "height and width of a frame, pixels; a multiple of 2^levels x patch, 24 at least", 24, 1024)
@@ -57,21 +56,19 @@ class Config:
     compile: bool = opt(False, "torch.compile the denoisers")
     amp: bool = opt(False, "bfloat16 autocast inside the denoisers")
     objectives: str = opt("none,constant,gated", "of none, constant, lambda, soft, gated; which to compare")
-    psi: float = opt(1.0, "the gate: noise levels from here on have no flow term", 0, 1000)
+    psi: float = opt(0.5, "the gate: noise levels from here on have no flow term", 0, 1000)
     scale: float = opt(0.1, "S, of the squared difference in pixels^2, a mean over pixels and pairs", 0, 10**6)
-    pairs: str = opt("first", "flow from the first frame to every other (paper, most likely) or to the next frame",
-                     choices=("first", "next"))
-    n_pairs: int = opt(4, "pairs of frames drawn a clip and step, an unbiased sample of the sum over t", 1, 256)
+    pairs: str = opt("first", "flow from the first frame (paper, likely) or the one before", choices=("first", "next"))
+    n_pairs: int = opt(2, "pairs of frames drawn a clip and step, an unbiased sample of the sum over t", 1, 256)
     hidden: float = opt(0.3, "o, weight where the true flow's target is not visible", 0, 1)
-    prior: str = opt("svd", "of ln sigma: svd N(0.7, 1.6^2), or edm N(-1.2, 1.2^2)", choices=("svd", "edm"))
-    raft: str = opt("tiny", "flow estimator: tiny (ours), or raft_small (torchvision's, with its weights)",
-                    choices=("tiny", "raft_small"))
+    prior: str = opt("wide", "of ln sigma: SVD's, EDM's, or between: see PRIOR", choices=("svd", "edm", "wide"))
+    raft: str = opt("tiny", "flow estimator: ours, or torchvision's with its weights", choices=("tiny", "raft_small"))
     updates: int = opt(2, "updates of the flow estimator in the loss", 1, 32)
     augment: float = opt(0.02, "noise on the condition, the first frame, while training (SVD)", 0, 1)
     width: int = opt(32, "channels at the first level", 8, 1024)
     mults: str = opt("1,1.5,2", "channels of each level, in widths")
     patch: int = opt(2, "pixels (squared) folded into channels before the first level", 1, 8)
-    lr: float = opt(1e-3, "AdamW's learning rate for the base model, after 50 steps of warm-up", 0, 1)
+    lr: float = opt(2e-3, "AdamW's learning rate for the base model, after 50 steps of warm-up", 0, 1)
     lr_tune: float = opt(5e-4, "the same for fine-tuning, constant", 0, 1)
     ema: float = opt(0.98, "decay of the weight average that is sampled from; 0: the last weights", 0, 0.999999)
     clips: int = opt(500, "training clips of a procedural world", 2, 10**6)
@@ -87,7 +84,8 @@ PRESETS = {
                   lr=1e-4, lr_tune=5e-5, ema=0.999, clips=20000, points="100,1000,3000,10000", videos=128, steps=25,
                   amp=True),
 }
-PRIOR = {"svd": (0.7, 1.6), "edm": (-1.2, 1.2)}  # mean and spread of ln sigma; paper silent: svd, what it fine-tunes
+PRIOR = {"svd": (0.7, 1.6), "edm": (-1.2, 1.2), "wide": (-0.4, 1.5)}  # mean, spread of ln sigma. Paper silent: we use
+# wide, because SVD's, for latents, has too little of the levels that make pixels sharp, EDM's of those that decide motion
 SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 10.0)  # where losses and flow are tabulated
 
 # Notation. B, C, T, H, W: batch, channels, frames, height, width. y: the true video, of variance 1; D: the denoised.
@@ -95,14 +93,14 @@ SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 10.0)  # whe
 
 # ----------------------------------------------------------------------------------------------- THE METHOD
 def gate(sigma, psi):
-    """w_psi(sigma), (B,): 1 / (sigma^2 + 1) below psi, else 0. Source: FlowLoss, the hard gate."""
+    """w_psi(sigma), (B,): 1 / (sigma^2 + 1) below psi, else 0: the paper's hard gate."""
     return torch.where(sigma < psi, 1 / (sigma**2 + 1), 0.0)
 
 def flow_weight(objective, sigma, psi):
     """The factor of the squared flow difference, w(sigma) lambda(sigma), of each objective, (B,).
 
-    gated is the paper's: 1 / sigma^2 below psi. Ours, to compare, as the paper's variants are not public: none;
-    constant, at every noise level alike; lambda, EDM's weight without w; soft, w without the cut.
+    gated is the paper's: 1 / sigma^2 below psi. Ours, as the paper's variants are not public: none; constant, at every
+    noise level alike; lambda, EDM's weight without w; soft, w without the cut.
     """
     return {"none": 0 * sigma, "constant": 1 + 0 * sigma, "lambda": edm_weight(sigma),
             "soft": edm_weight(sigma) / (sigma**2 + 1), "gated": edm_weight(sigma) * gate(sigma, psi)}[objective]
@@ -188,9 +186,10 @@ class Encoder(nn.Module):
         return self.out(x + self.three(x))
 
 class TinyRAFT(nn.Module):
-    """RAFT (Teed and Deng, ECCV 2020), small enough for 24 px and up: stride 2, two levels, radius 3, a ConvGRU.
+    """RAFT (Teed and Deng, ECCV 2020), small: 24 px and up, stride 2, two levels, radius 3, a ConvGRU.
 
     image1, image2 (N, 3, H, W) in [-1, 1], H and W even -> flow (N, 2, H, W) in pixels; every=True: of every update.
+    Images above 48 px are made smaller by powers of two first, and their flow larger after.
     detach: RAFT cuts the gradient through the lookup's coordinates between updates. That trains well, but what autograd
     then returns is not the gradient of the output (the test compares finite differences): a loss on the flow, which
     needs the gradient to the images, must not cut it.
@@ -205,6 +204,8 @@ class TinyRAFT(nn.Module):
         self.head = nn.Sequential(nn.Conv2d(hidden, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 2, 3, padding=1))
         self.mask = nn.Conv2d(hidden, 36, 1)
     def forward(self, image1, image2, updates=4, detach=False, every=False):
+        size, k = image1.shape[-2:], 2 ** max(0, math.ceil(math.log2(max(image1.shape[-2:]) / 48)))
+        image1, image2 = (F.avg_pool2d(x, k) if k > 1 else x for x in (image1, image2))  # all pairs: a cost of size^4
         a, b = F.instance_norm(self.features(torch.cat([image1, image2]))).chunk(2)  # else correlations start near 0
         pyramid = [correlation(a, b)]
         pyramid.append(F.avg_pool2d(pyramid[0], 2, ceil_mode=True))
@@ -214,13 +215,15 @@ class TinyRAFT(nn.Module):
         v, u = torch.meshgrid(torch.arange(H, device=a.device), torch.arange(W, device=a.device), indexing="ij")
         start = torch.stack([u, v]).to(a.dtype).expand(len(a), -1, -1, -1)
         flow, flows = torch.zeros_like(start), []
-        for _ in range(updates):
+        for step in range(updates):
             flow = flow.detach() if detach else flow
             x = torch.cat([inp, self.motion(torch.cat([look_up(pyramid, start + flow), flow], 1)), flow], 1)
             z, r = self.gates(torch.cat([net, x], 1)).sigmoid().chunk(2, 1)
             net = (1 - z) * net + z * self.candidate(torch.cat([r * net, x], 1)).tanh()
             flow = flow + self.head(net)
-            flows.append(upsample(flow, self.mask(net)) if every or _ == updates - 1 else None)
+            if every or step == updates - 1:
+                fine = upsample(flow, self.mask(net))
+                flows.append(k * F.interpolate(fine, size, mode="bilinear") if k > 1 else fine)
         return flows if every else flows[-1]
 
 # ----------------------------------------------------------------------------------------------- network
@@ -250,26 +253,30 @@ class Block(nn.Module):
 class VideoUNet(nn.Module):
     """Image to video, factorised over space and time: F(x (B, 3, T, H, W), c_noise (B,), first (B, 3, H, W)) -> like x.
 
-    The first frame is concatenated to every frame, and so are the time and the place of every pixel.
+    Every frame is given the first one, its difference to it in units of the noise, and time and place of each pixel.
+    A mask, an output too, lets pixels rest: `rest` is what F has to be for D to be the first frame.
     """
     def __init__(self, width, mults, patch, amp=False):
         super().__init__()
         emb, ch = 4 * width, [int(width * m) for m in mults]
         self.width, self.patch, self.amp = width, patch, amp
         self.emb = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
-        self.inp = nn.Conv3d(9 * patch**2, ch[0], (1, 3, 3), padding=(0, 1, 1))
+        self.inp = nn.Conv3d(12 * patch**2, ch[0], (1, 3, 3), padding=(0, 1, 1))
         self.down, self.up, last = nn.ModuleList(), nn.ModuleList(), len(ch) - 1
         for level, (a, b) in enumerate(zip([ch[0], *ch], ch)):
             self.down.append(Block(a, b, emb, attend=level == last))
             self.up.insert(0, Block(2 * b if level == last else b + ch[level + 1], b, emb, attend=level == last))
         self.mid = Block(ch[-1], ch[-1], emb, attend=True)
         self.out = nn.Sequential(nn.GroupNorm(math.gcd(8, ch[0]), ch[0]), nn.SiLU(),
-                                 nn.Conv3d(ch[0], 3 * patch**2, (1, 3, 3), padding=(0, 1, 1)))
+                                 nn.Conv3d(ch[0], 4 * patch**2, (1, 3, 3), padding=(0, 1, 1)))
         nn.init.zeros_(self.out[-1].weight)
     def forward(self, x, c_noise, first):
         B, _, T, H, W = x.shape
         place = torch.meshgrid(*(torch.linspace(-1, 1, n, device=x.device) for n in (T, H, W)), indexing="ij")
-        x = torch.cat([x, first[:, :, None].expand_as(x), torch.stack(place).expand(B, -1, -1, -1, -1)], 1)
+        sigma, first = like((4 * c_noise).exp(), x), first[:, :, None].expand_as(x)
+        apart = (x * (sigma**2 + 1).sqrt() - first) / sigma  # where nothing moves this is the noise itself
+        rest = (sigma * first - apart) / (sigma**2 + 1).sqrt()
+        x = torch.cat([x, first, apart.clamp(-5, 5), torch.stack(place).expand(B, -1, -1, -1, -1)], 1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             w = torch.exp(torch.linspace(0, math.log(100), self.width // 2, device=x.device)) * c_noise[:, None]
             emb = self.emb(torch.cat([w.sin(), w.cos()], 1))
@@ -282,7 +289,8 @@ class VideoUNet(nn.Module):
             for level, block in enumerate(self.up):
                 h = F.interpolate(h, scale_factor=(1, 2, 2)) if level else h
                 h = block(torch.cat([h, skips.pop()], 1), emb)
-            return fold(F.pixel_shuffle, self.out(h)).float()
+            out, mask = fold(F.pixel_shuffle, self.out(h)).float().split([3, 1], 1)
+            return out + mask.sigmoid() * rest
 
 # ----------------------------------------------------------------------------------------------- metrics
 def end_point_error(flow, true):
@@ -365,8 +373,7 @@ def denoiser(net, first, amount=0.0, noise=None):
     first = first if noise is None else first + amount * noise
     return lambda x, sigma: edm_denoise(lambda z, c: net(z, c, first), x, sigma)
 
-def dice(cfg, stage_number, step):
-    """The random numbers of one step of one stage: a function of (seed, stage, step) alone."""
+def dice(cfg, stage_number, step):  # a function of (seed, stage, step) alone, so that a resumed run goes on as it was
     return torch.Generator().manual_seed((cfg.seed << 34) + (stage_number << 32) + step)
 
 def noise_of(prior, y, g):
@@ -375,8 +382,9 @@ def noise_of(prior, y, g):
     draw = lambda *shape: torch.randn(*shape, generator=g).to(y.device)
     return (mean + spread * draw(len(y))).exp(), draw(*y.shape), draw(*y[:, :, 0].shape)
 
+averaged = lambda net, decay: AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
 def descend(loss, net, optimiser, average=None):
-    """One step of the optimiser, and of the weight average."""
     optimiser.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -388,12 +396,11 @@ def train_base(cfg, stage, moments, device):
     """The image-to-video model on motion in general (world `shapes`), reconstruction alone: its weight average."""
     torch.manual_seed(cfg.seed + 1)
     net = VideoUNet(cfg.width, [float(m) for m in cfg.mults.split(",")], cfg.patch, cfg.amp).to(device)
-    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
-    optimiser = torch.optim.AdamW(net.parameters(), cfg.lr)
+    average, optimiser = averaged(net, cfg.ema), torch.optim.AdamW(net.parameters(), cfg.lr)
     if cfg.compile: net.compile()
     def step(k):
         rngs = [np.random.default_rng([cfg.seed, 4, k, b]) for b in range(cfg.batch)]
-        clips = torch.stack([common.shapes(rng, cfg.size, cfg.frames)["video"] for rng in rngs])
+        clips = torch.stack([common.shapes(rng, cfg.size, cfg.frames, rough=0.3)["video"] for rng in rngs])
         y, g = normalise(clips.to(device), moments), dice(cfg, 2, k)
         sigma, n, aug = noise_of(cfg.prior, y, g)
         D = denoiser(net, y[:, :, 0], cfg.augment, aug)(y + like(sigma, y) * n, sigma)
@@ -410,7 +417,7 @@ def tune(cfg, stage, saved, base, estimate, clips, moments, device):
     objectives, parts = cfg.objectives.split(","), {}
     for o in objectives:
         net = copy.deepcopy(base)
-        parts |= {f"{o} net": net, f"{o} average": AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema)),
+        parts |= {f"{o} net": net, f"{o} average": averaged(net, cfg.ema),
                   f"{o} optimiser": torch.optim.AdamW(net.parameters(), cfg.lr_tune)}
         if cfg.compile: net.compile()
     batches, decode = common.Batches(clips, cfg.batch, cfg.frames, cfg.seed), decoder(moments)

@@ -18,6 +18,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import biflow  # noqa: E402
 import common  # noqa: E402
+import flowloss  # noqa: E402
 
 DEVICE = common.pick_device("auto")
 GPU = DEVICE.type == "cuda"
@@ -194,6 +195,43 @@ def loading():
         read = 100 * 2 * CFG.batch / clock(lambda: list(loader))
     yield "frames/s of loading / of training", read / used, ">= 1.00", \
         f"{read:.0f} / {used:.0f}, 128 px jpgs to {CFG.size} px, {min(8, os.cpu_count())} workers"
+
+
+@bench
+def gated_step():
+    """Fine-tuning steps of flowloss.py with its flow term, against those on reconstruction alone, at the same noise."""
+    cfg = flowloss.Config(**flowloss.PRESETS["small" if GPU else "tiny"])
+    net = flowloss.VideoUNet(cfg.width, [float(m) for m in cfg.mults.split(",")], cfg.patch, cfg.amp).to(DEVICE)
+    raft = flowloss.TinyRAFT().to(DEVICE).requires_grad_(False)
+    y = torch.randn(cfg.batch, 3, cfg.frames, cfg.size, cfg.size, device=DEVICE)
+    i, j = torch.zeros(2, cfg.batch, cfg.n_pairs, dtype=torch.long, device=DEVICE)
+    j += torch.arange(1, cfg.n_pairs + 1, device=DEVICE)
+    draws = [flowloss.noise_of(cfg.prior, y, torch.Generator().manual_seed(k)) for k in range(12)]
+
+    def steps(objective):
+        for sigma, n, aug in draws:
+            D = flowloss.denoiser(net, y[:, :, 0], cfg.augment, aug)(y + common.like(sigma, y) * n, sigma)
+            weight = flowloss.flow_weight(objective, sigma, cfg.psi)
+            flow = flowloss.flow_loss(lambda a, b: raft(a, b, cfg.updates), lambda x: x, D, y, weight, i, j, cfg.scale)
+            (flowloss.recon_loss(D, y, sigma) + flow).mean().backward()
+            net.zero_grad()
+    times = versus(*(lambda o=o: steps(o) for o in ("none", "gated", "constant")), rounds=3)
+    share = np.mean([(sigma < cfg.psi).float().mean().item() for sigma, _, _ in draws])
+    note = f"{share:.0%} of samples below psi {cfg.psi:g}, {cfg.n_pairs} pairs, {times[0] / 12 * 1e3:.0f} ms a step without"
+    yield "gated step / step on reconstruction alone", times[1] / times[0], "<= 1.35", note
+    yield "ungated step / step on reconstruction alone", times[2] / times[0], "<= 9", "shown for comparison"
+
+
+@bench
+def raft_against_torchvision():
+    from torchvision.models.optical_flow import raft_small
+    ours, theirs = flowloss.TinyRAFT().to(DEVICE).eval(), raft_small().to(DEVICE).eval()
+    a, b = torch.randn(2, 1, 3, 128, 128, device=DEVICE).clamp(-1, 1)
+    for updates in (4, 12):
+        with torch.no_grad():
+            p, q = versus(lambda: ours(a, b, updates), lambda: theirs(a, b, num_flow_updates=updates))
+        note = f"128 px, {q * 1e3:.0f} against {p * 1e3:.0f} ms"
+        yield f"torchvision's raft_small / tiny RAFT, {updates} updates", q / p, ">= 3", note
 
 
 def main(wanted):
