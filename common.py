@@ -689,7 +689,7 @@ def stage(script, cfg, out, saved, name, until, parts, step, columns, watch=()):
     """Run step(k) -> {loss: scalar tensor} for every k up to `until` not done yet; save, resume, stop as asked to.
 
     parts: what has a state_dict. saved: the checkpoint, {name: {step, parts}, "log": rows}. columns: the losses of all
-    stages, for the log. watch: further steps to save at. Raises Fault if a loss is not finite, before anything is saved.
+    stages, for the log. watch: further steps to save at. Raises Fault if a loss is not finite, before it saves.
     """
     done = saved.get(name, {}).get("step", 0)
     for k, part in parts.items() if done else ():

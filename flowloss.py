@@ -2,8 +2,7 @@
 
 A video diffusion model that is trained on reconstruction alone learns late what moves where. FlowLoss compares the
 optical flow of the denoised video with that of the true one: flow against flow, nothing is warped. Flow of a prediction
-at high noise means nothing, so the term is gated by the noise level. The paper's equations, as far as they are public
-(their numbers are not):
+at high noise means nothing, so the term is gated by the noise level. The paper's equations (their numbers are unknown):
 
     EDM       D(x; s) = c_skip x + c_out F(c_in x; c_noise)            lambda(s) = (s^2 + 1) / s^2,  data of variance 1
     L_recon   E lambda(s) || D(y + s n; s) - y ||^2
@@ -42,8 +41,8 @@ class Config:
     dataset: str = opt("robot", "robot, or a folder of your clips in --data_dir")
     data_dir: str = opt("", "real clips: DATA_DIR/DATASET/{train,test}/; empty: data, else a procedural world")
     preset: str = opt("auto", "tiny (two CPU cores), small (one GPU), paper (128 px); auto: by device")
-    iters: int = opt(400, "fine-tuning steps of every objective", 1, 10**8)
-    base_iters: int = opt(1500, "steps of the base model, on general motion", 0, 10**8)
+    iters: int = opt(600, "fine-tuning steps of every objective", 1, 10**8)
+    base_iters: int = opt(600, "steps of the base model, on general motion", 0, 10**8)
     raft_iters: int = opt(1000, "steps of the tiny RAFT", 0, 10**8)
     batch: int = opt(4, "clips in a batch", 1, 65536)
     size: int = opt(32, "height and width of a frame, pixels; a multiple of 2^levels x patch, 24 at least", 24, 1024)
@@ -56,7 +55,7 @@ class Config:
     compile: bool = opt(False, "torch.compile the denoisers")
     amp: bool = opt(False, "bfloat16 autocast inside the denoisers")
     objectives: str = opt("none,constant,gated", "of none, constant, lambda, soft, gated; which to compare")
-    psi: float = opt(0.5, "the gate: noise levels from here on have no flow term", 0, 1000)
+    psi: float = opt(1.0, "the gate: noise levels from here on have no flow term", 0, 1000)
     scale: float = opt(0.1, "S, of the squared difference in pixels^2, a mean over pixels and pairs", 0, 10**6)
     pairs: str = opt("first", "flow from the first frame (paper, likely) or the one before", choices=("first", "next"))
     n_pairs: int = opt(2, "pairs of frames drawn a clip and step, an unbiased sample of the sum over t", 1, 256)
@@ -72,7 +71,7 @@ class Config:
     lr_tune: float = opt(5e-4, "the same for fine-tuning, constant", 0, 1)
     ema: float = opt(0.98, "decay of the weight average that is sampled from; 0: the last weights", 0, 0.999999)
     clips: int = opt(500, "training clips of a procedural world", 2, 10**6)
-    points: str = opt("50,100,200,400", "fine-tuning steps at which to evaluate")
+    points: str = opt("50,100,200,600", "fine-tuning steps at which to evaluate")
     videos: int = opt(32, "held-out clips to generate at each of them", 2, 4096)
     steps: int = opt(8, "steps of the Heun sampler; evaluations: twice as many less one", 1, 1000)
 
@@ -81,11 +80,10 @@ PRESETS = {
     "small": dict(iters=3000, base_iters=6000, raft_iters=4000, batch=16, size=64, width=96, lr=5e-4, lr_tune=2e-4,
                   ema=0.995, clips=4000, points="100,300,1000,3000", videos=64, steps=16, amp=True),
     "paper": dict(iters=10000, base_iters=50000, raft_iters=20000, batch=16, size=128, width=192, mults="1,1,2,2,4",
-                  lr=1e-4, lr_tune=5e-5, ema=0.999, clips=20000, points="100,1000,3000,10000", videos=128, steps=25,
-                  amp=True),
+                  lr=1e-4, lr_tune=5e-5, ema=0.999, clips=20000, points="100,1000,10000", videos=128, amp=True),
 }
-PRIOR = {"svd": (0.7, 1.6), "edm": (-1.2, 1.2), "wide": (-0.4, 1.5)}  # mean, spread of ln sigma. Paper silent: we use
-# wide, because SVD's, for latents, has too little of the levels that make pixels sharp, EDM's of those that decide motion
+PRIOR = {"svd": (0.7, 1.6), "edm": (-1.2, 1.2), "wide": (-0.4, 1.5)}  # mean and spread of ln sigma. Paper silent: wide
+# lies between SVD's, for latents, with too few low levels for pixels, and EDM's, with too few that decide motion.
 SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 10.0)  # where losses and flow are tabulated
 
 # Notation. B, C, T, H, W: batch, channels, frames, height, width. y: the true video, of variance 1; D: the denoised.
@@ -293,9 +291,7 @@ class VideoUNet(nn.Module):
             return out + mask.sigmoid() * rest
 
 # ----------------------------------------------------------------------------------------------- metrics
-def end_point_error(flow, true):
-    """Length of the difference, pixels: (N, 2, H, W) twice -> (N, H, W)."""
-    return (flow - true).square().sum(1).sqrt()
+end_point_error = lambda flow, true: (flow - true).square().sum(1).sqrt()  # (N, 2, H, W) twice -> (N, H, W), pixels
 
 def ssim(a, b):
     """Structural similarity (Wang et al., 2004) of images (N, 3, H, W) in [0, 1], 7x7 windows: a number."""
@@ -389,8 +385,7 @@ def descend(loss, net, optimiser, average=None):
     loss.backward()
     nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     optimiser.step()
-    if average:
-        average.update_parameters(net)
+    if average: average.update_parameters(net)
 
 def train_base(cfg, stage, moments, device):
     """The image-to-video model on motion in general (world `shapes`), reconstruction alone: its weight average."""
@@ -437,8 +432,8 @@ def tune(cfg, stage, saved, base, estimate, clips, moments, device):
             descend(loss, net, optimiser, average)
             losses[o] = loss
             if device.type == "cuda": torch.cuda.synchronize()  # the times are compared
-            seconds, steps, active = meter[o]
-            meter[o] = [seconds + time.perf_counter() - began, steps + 1, active + int((weight > 0).sum())]
+            spent = time.perf_counter() - began, 1, int((weight > 0).sum())
+            meter[o] = [a + b for a, b in zip(meter[o], spent)]
         if k in points_of(cfg):
             kept = {o: {n: v.clone() for n, v in parts[f"{o} average"].module.state_dict().items()} for o in objectives}
             saved.setdefault("points", {})[k] = kept
@@ -499,9 +494,9 @@ def by_noise(cfg, nets, estimate, clips, moments, device):
     """Fig. 2 and 3 as numbers: what happens at every noise level of SIGMAS, on clips (N, T, 3, H, W)."""
     y, decode = normalise(clips.to(device), moments), decoder(moments)
     n, truth = torch.randn(y.shape, generator=dice(cfg, 0, 1)).to(device), decode(y)
-    true = flows_of(estimate, truth)
     j = torch.arange(1, cfg.frames, device=device).expand(len(y), -1)
-    found = dict(sigma=SIGMAS, noisy_flow=[])
+    i = 0 * j if cfg.pairs == "first" else j - 1
+    found, true = dict(sigma=SIGMAS, noisy_flow=[]), flows_of(estimate, truth)
     for s in SIGMAS:
         noisy = y + s * n
         e = end_point_error(flows_of(estimate, decode(noisy)).flatten(0, 1), true.flatten(0, 1))
@@ -510,23 +505,21 @@ def by_noise(cfg, nets, estimate, clips, moments, device):
             sigma = y.new_full((len(y),), s)
             D = denoiser(net, y[:, :, 0])(noisy, sigma)
             found.setdefault(f"{o} recon", []).append(recon_loss(D, y, sigma).mean().item())
-            pair = (0 * j if cfg.pairs == "first" else j - 1, j)
-            found.setdefault(f"{o} flow", []).append(flow_difference(estimate, decode(D), truth, *pair).mean().item())
+            found.setdefault(f"{o} flow", []).append(flow_difference(estimate, decode(D), truth, i, j).mean().item())
     return found
 
 def pictures(cfg, out, rows, videos, flows, noise, estimate, moments):
     """samples.gif, sheet.png (Fig. 5), curves.png (Fig. 4), noise.png (Fig. 3) and weights.png (Fig. 2)."""
     objectives, points = cfg.objectives.split(","), points_of(cfg)
-    early, last = points[min(1, len(points) - 1)], points[-1]
-    shown = ["truth", ("base", 0), *itertools.product(objectives, sorted({early, last}))]
+    shown = ["truth", ("base", 0), *itertools.product(objectives, sorted({*points[1:2], points[-1]}))]
     at = np.linspace(0, cfg.frames - 2, 8).round().astype(int)
     colours = flow_to_image(torch.cat([flows[k][0][at].cpu() for k in shown])).split(len(at))
     label = lambda k: "real" if k == "truth" else f"{k[0]}\nstep {k[1]}"
     lines = [line for k, c in zip(shown, colours) for line in ((label(k), videos[k][0][at]), ("  its flow", c))]
     page = common.sheet(lines, [f"frame {a}" for a in at], scale=max(1, 64 // cfg.size))
     common.save_page(out / "sheet.png", page)
-    four = lambda a: [(label(k), videos[k][:4, a]) for k in shown]
-    common.save_gif(out / "samples.gif", [common.sheet(four(a), [f"frame {a}"], 2) for a in range(cfg.frames)], ms=150)
+    pages = [common.sheet([(label(k), videos[k][:4, a]) for k in shown], [f"frame {a}"]) for a in range(cfg.frames)]
+    common.save_gif(out / "samples.gif", pages, ms=150)
     over = lambda o, key: tuple([r[k] for r in rows if r["objective"] == o] for k in ("step", key))
     titles = {"epe_moving": "flow error, moving (px)", "epe_background": "flow error, background (px)", "psnr": "PSNR",
               "ssim": "SSIM", "fvd": "Frechet distance"}

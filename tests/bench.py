@@ -217,7 +217,7 @@ def gated_step():
             net.zero_grad()
     times = versus(*(lambda o=o: steps(o) for o in ("none", "gated", "constant")), rounds=3)
     share = np.mean([(sigma < cfg.psi).float().mean().item() for sigma, _, _ in draws])
-    note = f"{share:.0%} of samples below psi {cfg.psi:g}, {cfg.n_pairs} pairs, {times[0] / 12 * 1e3:.0f} ms a step without"
+    note = f"{share:.0%} of samples below psi {cfg.psi:g}, {cfg.n_pairs} pairs, {times[0] / 12 * 1e3:.0f} ms without"
     yield "gated step / step on reconstruction alone", times[1] / times[0], "<= 1.35", note
     yield "ungated step / step on reconstruction alone", times[2] / times[0], "<= 9", "shown for comparison"
 

@@ -48,7 +48,8 @@ def test_a_network_of_zeros_has_loss_one():
 def test_karras_levels_are_those_of_the_formula():
     levels = karras_sigmas(5, 0.1, 10, 3).tolist()
     assert levels[-1] == 0 and len(levels) == 6
-    assert levels[:5] == pytest.approx([(10 ** (1 / 3) + k / 4 * (0.1 ** (1 / 3) - 10 ** (1 / 3))) ** 3 for k in range(5)])
+    high, low = 10 ** (1 / 3), 0.1 ** (1 / 3)
+    assert levels[:5] == pytest.approx([(high + k / 4 * (low - high)) ** 3 for k in range(5)])
 
 
 @pytest.mark.parametrize("heun, order", [(False, 1), (True, 2)])
@@ -79,7 +80,8 @@ def test_the_gate_and_the_weights_are_the_papers():
     assert flow_weight("constant", sigma, 1.0).eq(1).all()
 
 
-@pytest.mark.parametrize("prior, psi, share", [("edm", 0.25, 0.438), ("edm", 1, 0.841), ("svd", 1, 0.331), ("svd", 5, 0.715)])
+@pytest.mark.parametrize("prior, psi, share", [("edm", 0.25, 0.438), ("edm", 1, 0.841), ("svd", 1, 0.331),
+                                               ("svd", 5, 0.715)])
 def test_the_share_of_steps_below_the_gate_is_the_normal_cdf(prior, psi, share):
     sigma = flowloss.noise_of(prior, torch.zeros(40000, 1, 1), torch.Generator().manual_seed(0))[0]
     assert (sigma < psi).float().mean().item() == pytest.approx(share, abs=0.01)
@@ -119,7 +121,8 @@ def test_identical_videos_have_no_flow_loss_and_no_gradient_and_the_truth_never_
 
 
 def test_samples_behind_the_gate_are_neither_decoded_nor_estimated():
-    D, truth, sigma = randn(4, 3, 3, 4, 4).requires_grad_(), randn(4, 3, 3, 4, 4, seed=1), torch.tensor([0.5, 1.0, 3.0, 0.2])
+    D, truth = randn(4, 3, 3, 4, 4).requires_grad_(), randn(4, 3, 3, 4, 4, seed=1)
+    sigma = torch.tensor([0.5, 1.0, 3.0, 0.2])
     decoded, estimated = [], []
     decode = lambda y: decoded.append(len(y)) or y
     estimate = lambda a, b: estimated.append(len(a)) or shear(a, b)
@@ -163,8 +166,8 @@ def test_look_up_equals_a_plain_loop():
         c = (a[0, :, y, x, None, None] * b[0]).sum(0) / 5**0.5
         pooled = F.avg_pool2d(c[None, None], 2)[0, 0]
         px, py = at[0, :, y, x].tolist()
-        want = [bilinear(image, qx + dx, qy + dy) for image, (qx, qy) in
-                ((c, (px, py)), (pooled, ((px + 0.5) / 2 - 0.5, (py + 0.5) / 2 - 0.5))) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+        levels = (c, px, py), (pooled, (px + 0.5) / 2 - 0.5, (py + 0.5) / 2 - 0.5)
+        want = [bilinear(image, qx + dx, qy + dy) for image, qx, qy in levels for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
         assert got[:, y, x].tolist() == pytest.approx(want, abs=1e-5)
 
 
@@ -255,8 +258,8 @@ def test_ssim_is_one_for_equal_images_and_falls_with_noise():
 
 # ---------------------------------------------------------------------------------------------- end to end
 
-TINY = ("--device cpu --preset tiny --size 24 --frames 8 --width 8 --mults 1,1 --batch 2 --clips 6 --videos 2 --steps 2 "
-        "--iters 4 --base_iters 2 --raft_iters 2 --points 2 --objectives none,gated --n_pairs 2 --psi 3").split()
+TINY = ("--device cpu --preset tiny --size 24 --frames 8 --width 8 --mults 1,1 --batch 2 --clips 6 --videos 2 "
+        "--steps 2 --iters 4 --base_iters 2 --raft_iters 2 --points 2 --objectives none,gated --psi 3").split()
 
 
 @pytest.fixture
@@ -291,13 +294,14 @@ def weights(out):
 def test_a_run_writes_all_resumes_bit_for_bit_and_repeats_its_numbers(run, tmp_path, monkeypatch):
     status, text, err = run("--out_dir", "a")
     assert status == 0, err
-    assert {p.name for p in (tmp_path / "a").iterdir()} == {
-        "config.json", "log.csv", "ckpt.pt", "samples.gif", "sheet.png", "curves.png", "weights.png", "noise.png", "results.json"}
+    files = "config.json log.csv ckpt.pt samples.gif sheet.png curves.png weights.png noise.png results.json"
+    assert {p.name for p in (tmp_path / "a").iterdir()} == set(files.split())
     results = json.loads((tmp_path / "a" / "results.json").read_text())
     assert [(r["objective"], r["step"]) for r in results["rows"]] == [
         ("base", 0), ("none", 2), ("gated", 2), ("none", 4), ("gated", 4)]
-    assert {"objective", "psi", "step", "epe_moving", "epe_background", "epe_zero", "epe_floor", "psnr", "ssim", "fvd", "features",
-            "active_share", "s_per_step", "seed"} <= results["rows"][0].keys()
+    keys = ("objective psi step epe_moving epe_background epe_zero epe_floor psnr ssim fvd features active_share "
+            "s_per_step seed")
+    assert set(keys.split()) <= results["rows"][0].keys()
     numbers = lambda rows: [{k: v for k, v in r.items() if k != "s_per_step"} for r in rows]
     with monkeypatch.context() as m:  # a Ctrl-C in the third step of fine-tuning
         calls, real = [], flowloss.flow_loss
