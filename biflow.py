@@ -63,7 +63,7 @@ class Config:
     ema: float = opt(0.995, "decay of the weight average that is sampled from; 0: the last weights", 0, 0.999999)
     wind: str = opt("known", "procedural sky: does one frame tell the wind's speed", choices=("known", "unknown"))
     clips: int = opt(1000, "training clips of a procedural world, 32 frames each", 2, 10**6)
-    eps: str = opt("0,0.1,0.2,0.3", "noise levels of joint sampling to compare (Eq. 9); 0: Eq. 7; auto: see auto_eps")
+    eps: str = opt("0,0.1,0.2,0.3", "noise levels of joint sampling to compare (Eq. 9); 0 is plain streaming (Eq. 7)")
     tol: float = opt(1e-2, "absolute and relative tolerance of the adaptive Heun solver", 1e-6, 1)
     step: float = opt(0.05, "step of the Euler solver in the equal-budget table", 1e-3, 1)
     streams: int = opt(16, "videos streamed by every method, from held-out first frames", 2, 4096)
@@ -133,19 +133,6 @@ def between(f, x, n, eps, ks, solve, back=False):
         k, total = stop, total + evals
         states.append((x, total))
     return states
-
-@torch.no_grad()
-def corruption(f, x, n, level=0.1):
-    """What the network leaves of noise that we put on a frame ourselves, (B,): more, the less it is like clean frames.
-
-    One evaluation. Not in the paper, which leaves an adaptive eps open; f, x, n as in biflow_step.
-    """
-    alpha = x.new_full((len(x),), level)
-    return level * mse(f(x + level * n, 0 * alpha, alpha)[1], n).sqrt()
-
-def auto_eps(f, x, n, clean, high=0.2, margin=1.15):
-    """eps (B,): `high` for frames whose corruption is above margin x clean, that of real frames; 0 for all others."""
-    return high * (corruption(f, x, n) > margin * clean).to(x)
 
 def condiff_step(f, x, n, solve):
     """CONDIFF: from noise n to the frame after x, and its evaluations (B,). f(x, x0, alpha) as in condiff_loss."""
@@ -397,15 +384,11 @@ def train(cfg, clips, nets, averages, out, device):
         save()
     return log
 
-def one_step(method, net, eps, solve, clean=None):
-    """step(x, n) for stream(), of a method at a noise level eps; "auto" needs the corruption of clean frames."""
+def one_step(method, net, eps, solve):
+    """step(x, n) for stream(), of a method at a noise level eps."""
     f = field(method, net)
-    def auto(x, n):
-        x, evals = biflow_step(f, x, n, auto_eps(f, x, n, clean), solve)
-        return x, evals + 1  # the estimate is one, too
-    fixed = lambda x, n: biflow_step(f, x, n, x.new_full((len(x),), eps), solve)
     return {"flow": lambda x, n: flow_step(f, x, solve), "condiff": lambda x, n: condiff_step(f, x, n, solve),
-            "biflow": auto if eps == "auto" else fixed}[method]
+            "biflow": lambda x, n: biflow_step(f, x, n, x.new_full((len(x),), eps), solve)}[method]
 
 def roll(step, first, frames, seed, name):
     """Stream `frames` frames from first (B, 3, H, W): uint8 (B, frames, 3, H, W), evaluations a frame, ms a frame."""
@@ -440,18 +423,13 @@ def evaluate(cfg, nets, train_clips, test_clips, device):
     starts.sort(key=lambda s: s[1] - test_clips.lengths[s[0]])  # the first, to be shown, have the longest real sequel
     first = to_float(torch.cat([test_clips.frames(i, a, a + 1) for i, a in starts])).to(device)
     videos = {"real": test_clips.frames(starts[0][0], starts[0][1])[None]}
-    rows, clean, same = [], None, dict(features=cfg.features, samples=count, floor=floor, iters=cfg.iters)
+    rows, same = [], dict(features=cfg.features, samples=count, floor=floor, iters=cfg.iters)
     heun = lambda f, x, args=(), a=0.0, b=1.0: solve_heun(f, x, args, a, b, cfg.tol, cfg.tol)
     euler = lambda f, x, args=(), a=0.0, b=1.0: solve_euler(f, x, args, a, b, cfg.step)
 
-    if "biflow" in nets:  # as in a stream, the noise is drawn anew
-        frames = to_float(real_clips(train_clips, 1, 64, cfg.seed)[:, 0]).to(device)
-        n = torch.randn(frames.shape, generator=torch.Generator().manual_seed(cfg.seed)).to(device)
-        clean = corruption(field("biflow", nets["biflow"]), frames, n).mean()
-
     def row(m, eps, solver, solve):
-        name = NAMES[m] + (f" eps {eps if eps == 'auto' else format(eps, 'g')}" if m == "biflow" else "")
-        video, nfe, ms = roll(one_step(m, nets[m], eps, solve, clean), first, cfg.frames, cfg.seed, f"{name}, {solver}")
+        name = NAMES[m] + (f" eps {eps:g}" if m == "biflow" else "")
+        video, nfe, ms = roll(one_step(m, nets[m], eps, solve), first, cfg.frames, cfg.seed, f"{name}, {solver}")
         ends = range(WINDOW, cfg.frames + 1, STRIDE)
         curve = [frechet(features(cut(video[:, e - WINDOW:e], length).to(device)), reference) for e in ends]
         slope = float(np.polyfit(list(ends), curve, 1)[0]) if len(curve) > 1 else 0.0
@@ -462,10 +440,9 @@ def evaluate(cfg, nets, train_clips, test_clips, device):
             videos[name] = video
 
     for m in nets:  # equal accuracy, Tab. 1
-        for eps in [e if e == "auto" else float(e) for e in cfg.eps.split(",")] if m == "biflow" else [None]:
+        for eps in [float(e) for e in cfg.eps.split(",")] if m == "biflow" else [None]:
             row(m, eps, "heun", heun)
-    fixed = [r for r in rows if r["joint"] and r["eps"] != "auto"]
-    best = min(fixed, key=lambda r: r["fvd"], default=None)  # as the paper reports BI-FLOW
+    best = min((r for r in rows if r["joint"]), key=lambda r: r["fvd"], default=None)  # as the paper reports BI-FLOW
     for m in nets:  # equal budget, Tab. 2
         row(m, best["eps"] if m == "biflow" else None, "euler", euler)
     if best:  # Sec. 5: backward in time, and between two frames
@@ -508,9 +485,7 @@ SAME_TRAINING = ("seed", "batch", "iters", "lr", "lr_end", "ema", "clips", "wind
 def check(cfg):
     """What single values cannot tell. Raises Fault."""
     common.check_names(cfg, "methods", NAMES)
-    common.check_list(cfg, "eps", lambda v: 0.0 if v == "auto" else float(v), 0, 1)
-    if "biflow" in cfg.methods and cfg.eps == "auto":
-        raise Fault("--eps auto: give a number beside it, for the equal-budget table and the backward video: 0.2,auto")
+    common.check_list(cfg, "eps", float, 0, 1)
     common.check_list(cfg, "mults", float, 0.25, 8)
     fold = cfg.patch * 2 ** (cfg.mults.count(","))
     if cfg.size % fold or cfg.size == fold:

@@ -300,20 +300,6 @@ def test_amp_and_compile_give_the_same_answers():
         torch.testing.assert_close(y, plain[:k], rtol=1e-4, atol=1e-4)
 
 
-def test_corruption_is_the_rms_of_what_is_left_and_auto_eps_acts_on_those_above_the_margin():
-    x, n = randn(5, 3, 4, 4), randn(5, 3, 4, 4, seed=1)
-    off, seen = torch.tensor([0.0, 0.5, 1.0, 1.2, 3.0]).double(), []
-
-    def f(z, t, alpha):  # recovers the noise up to a known error
-        seen.append((z, t, alpha))
-        return None, n + off.view(-1, 1, 1, 1) * torch.tensor([1.0, -1.0]).double().repeat(24).view(1, 3, 4, 4)
-    got = biflow.corruption(f, x, n, 0.1)
-    torch.testing.assert_close(got, 0.1 * off)
-    torch.testing.assert_close(seen[0][0], x + 0.1 * n)
-    assert seen[0][1].eq(0).all() and seen[0][2].eq(0.1).all() and len(seen) == 1
-    assert biflow.auto_eps(f, x, n, clean=0.1, high=0.2, margin=1.15).tolist() == [0, 0, 0, 0.2, 0.2]
-
-
 # ---------------------------------------------------------------------------------------------- Frechet distance
 
 def test_frechet_equals_closed_forms_of_gaussians():

@@ -136,14 +136,6 @@ def test_a_run_writes_what_it_says_and_prints_the_tables(finished):
             assert min(image.size) > 50 and len(image.convert("RGB").getcolors(1 << 20)) > 20
 
 
-def test_eps_auto_is_a_row_of_its_own_and_pays_for_its_estimate(finished, run, tmp_path):
-    out = shutil.copytree(finished[0] / "out" / "biflow-sky-procedural", tmp_path / "o")
-    assert run("--out_dir", out, "--eval_only", "--eps", "0,auto")[0] == 0
-    rows = {r["method"]: r for r in json.loads((out / "results.json").read_text())["rows"] if r["solver"] == "heun"}
-    assert rows["BI-FLOW eps auto"]["eps"] == "auto" and rows["BI-FLOW eps auto"]["nfe"] >= rows["BI-FLOW eps 0"]["nfe"] + 1
-    refused(run("--out_dir", out, "--eval_only", "--eps", "auto"), "--eps auto: give a number beside it")
-
-
 def test_a_second_run_into_the_folder_and_one_at_the_same_time_are_refused_and_change_nothing(finished, run, tmp_path):
     out = shutil.copytree(finished[0] / "out" / "biflow-sky-procedural", tmp_path / "o")
     before = content(out)
