@@ -242,6 +242,22 @@ def load_clips(dataset, data_dir, size, counts, frames, seed, min_frames=2, **wo
     train, test = (render(dataset, s, n, size, frames, seed, **world) for s, n in zip(("train", "test"), counts))
     return train, test, "procedural"
 
+def captions_of(clips, dataset, split, size, frames, seed):
+    """The caption of every clip; of a real one the text file beside it (clip7/, clip7.gif: clip7.txt). Raises Fault."""
+    if clips.sources is None:
+        if dataset != "sprites":
+            raise Fault(f"--dataset {dataset}: this procedural world has no captions; use sprites, or captioned clips")
+        return [sprites(world_rng(seed, split, k), size, frames)["caption"] for k in range(len(clips))]
+    found = []
+    for source in clips.sources:
+        clip = source[0].parent if isinstance(source, list) else source
+        path = clip.with_suffix(".txt")
+        try:
+            found.append(path.read_text().strip())
+        except (OSError, UnicodeDecodeError) as e:
+            raise Fault(f"clip {clip} has no caption: cannot read {path} ({type(e).__name__}); write one line into it")
+    return found
+
 class Batches(torch.utils.data.Dataset):
     """Item `step` is that step's batch of `length` consecutive frames, uint8 (B, length, 3, H, W), drawn evenly from
     all there are: a function of (seed, step) alone, so a resumed run sees what an uninterrupted one would have seen."""
@@ -250,11 +266,14 @@ class Batches(torch.utils.data.Dataset):
         self.clips, self.batch, self.length, self.seed = clips, batch, length, seed
         self.ends = np.cumsum([max(0, n - length + 1) for n in clips.lengths])  # starts up to and including each clip
 
-    def __getitem__(self, step):
+    def where(self, step):
+        """The clips of a step's batch, and the first frame in each: (B,) twice."""
         at = np.random.default_rng([self.seed, step]).integers(self.ends[-1], size=self.batch)
         clip = np.searchsorted(self.ends, at, side="right")
-        start = at - np.concatenate([[0], self.ends])[clip]
-        return torch.stack([self.clips.frames(i, a, a + self.length) for i, a in zip(clip, start)])
+        return clip, at - np.concatenate([[0], self.ends])[clip]
+
+    def __getitem__(self, step):
+        return torch.stack([self.clips.frames(i, a, a + self.length) for i, a in zip(*self.where(step))])
 
 def batches(clips, batch, length, seed, steps, device):
     """The batches of `steps` (a range); frames that are read from disk are read by workers, ahead of the training."""
@@ -492,15 +511,78 @@ def robot(rng, size, frames, flow=False):
         part((9, 9, 0), still(0, 9.52 * S), rng.uniform(0.5, 1, 3) * [190, 150, 110], texture(rng, S), 0.25),  # table
         part((0, 0, 0.1), still(*goal), 0.6 * paint + 90, texture(rng, size), 0.1),  # mark
         part((0, 0, 0.055), still(*goal), 0.3 * paint, texture(rng, size), 0.1),
-        part((0.075, 0.075, 0.01), at(block + push * (goal - block)), paint, texture(rng, size, 3, 7), 0.5),  # block
-        part((long / 2 / S, 0, 0.06), at((base + elbow) / 2, upper), arm, bands(0.22)),
-        part((0, 0, 0.075), at(elbow, upper), dark, bands(0.2)),
-        part((long / 2 / S, 0, 0.045), at((elbow + wrist) / 2, lower), arm * 0.85, bands(0.2)),
-        part((0.07, 0.02, 0.015), at(wrist), dark, bands(0.1)),  # gripper
-        part((0.006, 0.075, 0.014), at(wrist + [-0.055 * S, 0.09 * S]), steel, bands(0.2)),
-        part((0.006, 0.075, 0.014), at(wrist + [0.055 * S, 0.09 * S]), steel, bands(0.2))], flow)
+        part((0.075, 0.075, 0.01), at(block + push * (goal - block)), paint, texture(rng, size, 6, 14), 0.35),  # block
+        part((long / 2 / S, 0, 0.075), at((base + elbow) / 2, upper), arm, bands(0.35)),
+        part((0, 0, 0.085), at(elbow, upper), dark, bands(0.3)),
+        part((long / 2 / S, 0, 0.06), at((elbow + wrist) / 2, lower), arm * 0.85, bands(0.3)),
+        part((0.08, 0.025, 0.02), at(wrist), dark, bands(0.2)),  # gripper
+        part((0.015, 0.07, 0.02), at(wrist + [-0.055 * S, 0.09 * S]), steel, bands(0.2)),
+        part((0.015, 0.07, 0.02), at(wrist + [0.055 * S, 0.09 * S]), steel, bands(0.2))], flow)
 
-WORLDS = {"sky": sky, "mazes": mazes, "shapes": shapes, "robot": robot}
+COLOURS = {"red": (225, 55, 50), "green": (60, 190, 70), "blue": (60, 95, 230), "yellow": (230, 200, 40)}
+FORMS = {"circle": (0, 0, 0.2), "square": (0.13, 0.13, 0.01), "bar": (0.24, 0.07, 0.01)}  # box of layered(), widths
+WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+FLAWS = ("jumps", "jitters", "flickers", "changes")
+
+def sprites(rng, size, frames, flow=False, steady=0.65, worded=0.5):
+    """A textured shape crosses a textured background as its caption says; not all do so steadily.
+
+    Of the clips a share `steady` is; the others have a flaw: the shape jumps, jitters, flickers or changes its colour.
+    A share `worded` says so, truthfully. Returns as layered(), and caption ('a red circle moving left, steady'), flaw.
+    """
+    form, colour, way = (str(rng.choice(list(names))) for names in (FORMS, COLOURS, WAYS))
+    flaw = "" if rng.uniform() < steady else str(rng.choice(FLAWS))
+    step, margin = np.array(WAYS[way]), 0.25
+    path = rng.uniform(0.36, 0.48)  # of the width: what decides where a shape can start, so that it stays in view
+    start = margin + rng.uniform(size=2) * (1 - 2 * margin - path * abs(step)) + path * (step < 0)
+    at = start + np.linspace(0, path, frames)[:, None] * step  # (T, 2), widths
+    hue, here = [colour] * frames, np.ones(frames, bool)
+    when = rng.integers(frames // 2 + 1, frames - 1)
+    if flaw == "jumps":
+        at[when - 1:] += abs(step[::-1]) * 0.32 * np.where(at[0] < 0.5, 1, -1)
+    elif flaw == "jitters":
+        at = (at + rng.uniform(-0.16, 0.16, at.shape)).clip(0.8 * margin, 1 - 0.8 * margin)
+    elif flaw == "flickers":
+        here[rng.choice(np.arange(1, frames), rng.integers(frames // 4, frames // 2), replace=False)] = False
+    elif flaw == "changes":
+        hue[when:] = [str(rng.choice([c for c in COLOURS if c != colour]))] * (frames - when)
+    place = lambda seen: np.column_stack([np.where(seen[:, None], at * size - 0.5, 9e3), np.zeros(frames)])
+    ground = dict(box=(9e3, 9e3, 1), pose=np.zeros((frames, 3)), colour=np.full(3, rng.uniform(70, 150)),
+                  waves=texture(rng, size, 8, 24), strength=0.3)
+    waves = texture(rng, size, 6, 12)
+    found = layered(size, [ground] + [dict(box=tuple(size * b for b in FORMS[form]), strength=0.25, waves=waves,
+                                           colour=np.array(COLOURS[c]), pose=place(here & (np.array(hue) == c)))
+                                      for c in dict.fromkeys(hue)], flow)
+    quality = (", shaky" if flaw else ", steady") if rng.uniform() < worded else ""
+    return found | dict(caption=f"a {colour} {form} moving {way}{quality}", flaw=flaw)
+
+def track(video):
+    """What is to be seen in clips of `sprites`, uint8 (N, T, 3, H, W): centre (N, T, 2) in pixels, area (N, T) of the
+    shape in pixels, hue (N, T) and form (N,) as indices of COLOURS and FORMS, solid (N, T, H, W): where it is."""
+    x, size = video.float() / 255, video.shape[-1]
+    solid = ((x.amax(2) - x.amin(2) - 0.15) / 0.2).clamp(0, 1)  # the background is grey
+    area = solid.sum((2, 3))
+    grid = torch.stack(torch.meshgrid(torch.arange(size), torch.arange(size), indexing="xy"), -1).to(x)  # (H, W, 2)
+    share = solid / area.clamp(min=1e-6)[..., None, None]
+    centre = torch.einsum("nthw,hwc->ntc", share, grid)
+    unit = lambda c: F.normalize(c - c.mean(-1, keepdim=True), dim=-1)
+    palette = unit(torch.tensor(list(COLOURS.values())).to(x))  # (colours, 3)
+    hue = (unit(torch.einsum("nthw,ntchw->ntc", share, x)) @ palette.T).argmax(-1)
+    boxes = size * torch.tensor(list(FORMS.values())).to(x)[:, None, None, None, None]  # (forms, 1, 1, 1, 1, 3)
+    far = (grid - centre[:, :, None, None]).abs() - boxes[..., :2]  # (forms, N, T, H, W, 2)
+    outside = far.clamp(min=0).norm(dim=-1) + far.amax(-1).clamp(max=0) - boxes[..., 2]
+    miss = ((0.5 - outside).clamp(0, 1) - solid).square().sum((-1, -2))  # (forms, N, T)
+    return dict(centre=centre, area=area, hue=hue, form=miss.median(-1).values.argmin(0), solid=solid)
+
+def coherent(found):
+    """Which clips move as one thing, bool (N,): no sudden move, and the shape keeps its size and its colour."""
+    size, area = found["solid"].shape[-1], found["area"]
+    sudden = found["centre"].diff(dim=1).diff(dim=1).norm(dim=-1).amax(1)  # pixels a frame^2
+    ratio = area / area.median(1, keepdim=True).values.clamp(min=1e-6)
+    whole = (ratio > 0.55).all(1) & (ratio < 1 / 0.55).all(1) & (area > 0.02 * size**2).all(1)
+    return whole & (sudden < 0.09 * size) & (found["hue"] == found["hue"][:, :1]).all(1)
+
+WORLDS = {"sky": sky, "mazes": mazes, "shapes": shapes, "robot": robot, "sprites": sprites}
 
 # ---------------------------------------------------------------------------------------------- noise levels
 def like(s, x):

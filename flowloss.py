@@ -42,8 +42,8 @@ class Config:
     data_dir: str = opt("", "real clips: DATA_DIR/DATASET/{train,test}/; empty: data, else a procedural world")
     preset: str = opt("auto", "tiny (two CPU cores), small (one GPU), paper (128 px); auto: by device")
     iters: int = opt(600, "fine-tuning steps of every objective", 1, 10**8)
-    base_iters: int = opt(600, "steps of the base model, on general motion", 0, 10**8)
-    raft_iters: int = opt(1000, "steps of the tiny RAFT", 0, 10**8)
+    base_iters: int = opt(3000, "steps of the base model, on general motion", 0, 10**8)
+    raft_iters: int = opt(1500, "steps of the tiny RAFT", 0, 10**8)
     batch: int = opt(4, "clips in a batch", 1, 65536)
     size: int = opt(32, "height and width of a frame, pixels; a multiple of 2^levels x patch, 24 at least", 24, 1024)
     frames: int = opt(16, "frames of a clip", 4, 256)
@@ -226,23 +226,23 @@ class TinyRAFT(nn.Module):
 
 # ----------------------------------------------------------------------------------------------- network
 class Block(nn.Module):
-    """Residual block of factorised convolutions, over space then time, scaled and shifted by the embedding of sigma."""
-    def __init__(self, cin, cout, emb, attend=False):
+    """Residual block of convolutions over space, then over time, scaled and shifted by the embedding of sigma."""
+    def __init__(self, cin, cout, emb, time=True, attend=False):
         super().__init__()
         group = lambda c: nn.GroupNorm(math.gcd(8, c), c)
         self.norm1, self.space1 = group(cin), nn.Conv3d(cin, cout, (1, 3, 3), padding=(0, 1, 1))
         self.norm2, self.space2 = group(cout), nn.Conv3d(cout, cout, (1, 3, 3), padding=(0, 1, 1))
-        self.norm3, self.time = group(cout), nn.Conv3d(cout, cout, (3, 1, 1), padding=(1, 0, 0))
+        self.norm3, self.time = group(cout), nn.Conv3d(cout, cout, (3, 1, 1), padding=(1, 0, 0)) if time else None
         self.emb, self.skip = nn.Linear(emb, 2 * cout), nn.Conv3d(cin, cout, 1) if cin != cout else nn.Identity()
         self.attn = nn.MultiheadAttention(cout, math.gcd(4, cout), batch_first=True) if attend else None
-        for layer in (self.space2, self.time):
+        for layer in (self.space2, self.time) if time else (self.space2,):
             nn.init.zeros_(layer.weight)
     def forward(self, x, emb):  # (B, C, T, H, W)
         scale, shift = self.emb(emb)[..., None, None, None].chunk(2, 1)
         h = self.space1(F.silu(self.norm1(x)))
         x = self.skip(x) + self.space2(F.silu(self.norm2(h) * (1 + scale) + shift))
         s = self.norm3(x)
-        x = x + self.time(F.silu(s))
+        x = x if self.time is None else x + self.time(F.silu(s))
         if self.attn is not None:
             s = s.flatten(2).transpose(1, 2)  # (B, T H W, C): every place at every time
             x = x + self.attn(s, s, s, need_weights=False)[0].transpose(1, 2).reshape(x.shape)
@@ -251,35 +251,39 @@ class Block(nn.Module):
 class VideoUNet(nn.Module):
     """Image to video, factorised over space and time: F(x (B, 3, T, H, W), c_noise (B,), first (B, 3, H, W)) -> like x.
 
-    Every frame is given the first one, its difference to it in units of the noise, and time and place of each pixel.
-    A mask, an output too, lets pixels rest: `rest` is what F has to be for D to be the first frame.
+    Every frame is given the first one and, in units of the noise, its difference to it and to its own 3x3 mean: with
+    little noise these are mostly noise, and a small network learns to take it out much sooner. A mask, an output too,
+    lets pixels rest: `rest` is what F has to be for D to be the first frame.
     """
     def __init__(self, width, mults, patch, amp=False):
         super().__init__()
         emb, ch = 4 * width, [int(width * m) for m in mults]
         self.width, self.patch, self.amp = width, patch, amp
         self.emb = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
-        self.inp = nn.Conv3d(12 * patch**2, ch[0], (1, 3, 3), padding=(0, 1, 1))
+        self.inp = nn.Conv3d(12 * patch**2 + 3, ch[0], (1, 3, 3), padding=(0, 1, 1))
         self.down, self.up, last = nn.ModuleList(), nn.ModuleList(), len(ch) - 1
         for level, (a, b) in enumerate(zip([ch[0], *ch], ch)):
-            self.down.append(Block(a, b, emb, attend=level == last))
-            self.up.insert(0, Block(2 * b if level == last else b + ch[level + 1], b, emb, attend=level == last))
+            kind = dict(time=level > 0 or last == 0, attend=level == last)  # at full size time would cost the most
+            self.down.append(Block(a, b, emb, **kind))
+            self.up.insert(0, Block(2 * b if level == last else b + ch[level + 1], b, emb, **kind))
         self.mid = Block(ch[-1], ch[-1], emb, attend=True)
         self.out = nn.Sequential(nn.GroupNorm(math.gcd(8, ch[0]), ch[0]), nn.SiLU(),
                                  nn.Conv3d(ch[0], 4 * patch**2, (1, 3, 3), padding=(0, 1, 1)))
         nn.init.zeros_(self.out[-1].weight)
     def forward(self, x, c_noise, first):
-        B, _, T, H, W = x.shape
-        place = torch.meshgrid(*(torch.linspace(-1, 1, n, device=x.device) for n in (T, H, W)), indexing="ij")
+        fold = lambda f, v: f(v.transpose(1, 2), self.patch).transpose(1, 2)  # over space, frame by frame
         sigma, first = like((4 * c_noise).exp(), x), first[:, :, None].expand_as(x)
-        apart = (x * (sigma**2 + 1).sqrt() - first) / sigma  # where nothing moves this is the noise itself
-        rest = (sigma * first - apart) / (sigma**2 + 1).sqrt()
-        x = torch.cat([x, first, apart.clamp(-5, 5), torch.stack(place).expand(B, -1, -1, -1, -1)], 1)
+        y = x * (sigma**2 + 1).sqrt()  # as it was before c_in
+        apart = (y - first) / sigma  # where nothing moves this is the noise itself
+        rest = ((sigma * first - apart) / (sigma**2 + 1).sqrt()).clamp(-4, 4)  # the clamp: where things move it is huge
+        mean = F.avg_pool3d(y, (1, 3, 3), 1, (0, 1, 1), count_include_pad=False)
+        x = torch.cat([x, first, apart.clamp(-5, 5), ((y - mean) / sigma).clamp(-5, 5)], 1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             w = torch.exp(torch.linspace(0, math.log(100), self.width // 2, device=x.device)) * c_noise[:, None]
             emb = self.emb(torch.cat([w.sin(), w.cos()], 1))
-            fold = lambda f, v: f(v.transpose(1, 2), self.patch).transpose(1, 2)  # over space, frame by frame
-            h, skips = self.inp(fold(F.pixel_unshuffle, x)), []
+            x = fold(F.pixel_unshuffle, x)
+            place = torch.meshgrid(*(torch.linspace(-1, 1, n, device=x.device) for n in x.shape[2:]), indexing="ij")
+            h, skips = self.inp(torch.cat([x, torch.stack(place).expand(len(x), -1, -1, -1, -1)], 1)), []
             for level, block in enumerate(self.down):
                 h = block(F.avg_pool3d(h, (1, 2, 2)) if level else h, emb)
                 skips.append(h)
@@ -288,7 +292,7 @@ class VideoUNet(nn.Module):
                 h = F.interpolate(h, scale_factor=(1, 2, 2)) if level else h
                 h = block(torch.cat([h, skips.pop()], 1), emb)
             out, mask = fold(F.pixel_shuffle, self.out(h)).float().split([3, 1], 1)
-            return out + mask.sigmoid() * rest
+            return out + mask.sigmoid() * (rest - out)
 
 # ----------------------------------------------------------------------------------------------- metrics
 end_point_error = lambda flow, true: (flow - true).square().sum(1).sqrt()  # (N, 2, H, W) twice -> (N, H, W), pixels
