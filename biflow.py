@@ -31,11 +31,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import common
-from common import Fault, cut, feature_fn, frechet, like, opt, to_float, to_uint8
+from common import Fault, averaged, cut, feature_fn, frechet, like, opt, to_float, to_uint8
 
 @dataclass
 class Config:
@@ -504,7 +503,7 @@ def main():
         real_clips(clips, length, 2, cfg.seed)
     out, lock = common.open_run("biflow", cfg, source)
     nets = {m: build(m, cfg).to(device) for m in NAMES if m in cfg.methods.split(",")}
-    averages = {m: AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema)) for m, net in nets.items()}
+    averages = {m: averaged(net, cfg.ema) for m, net in nets.items()}
     print(f"{cfg.preset} preset on {device}, {len(train_clips)} + {len(test_clips)} clips ({source}), parameters:",
           ", ".join(f"{NAMES[m]} {sum(p.numel() for p in v.parameters()):,}" for m, v in nets.items()))
     for net in [*nets.values(), *(a.module for a in averages.values())] if cfg.compile else ():

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 IMAGES, TENSORS = {".jpg", ".jpeg", ".png", ".webp"}, {".npy", ".npz", ".pt"}
@@ -479,10 +480,11 @@ def shapes(rng, size, frames, flow=False, speed=1.0, rough=1.0):
                            waves=texture(rng, size), strength=rough * rng.uniform(0.4, 1.2)))
     return layered(size, layers, flow)
 
-def robot(rng, size, frames, flow=False):
+def robot(rng, size, frames, flow=False, make="one"):
     """An arm with a gripper reaches for a coloured block on a table and pushes it onto a mark, in one smooth move each.
 
-    All that decides the motion is to be seen in the first frame. Returns as layered().
+    make: the same arm in every clip, as in a lab, or "any", of another colour and at another place in each. All that
+    decides the motion is to be seen in the first frame. Returns as layered().
     """
     S, still = float(size), lambda x, y, angle=0.0: np.tile([x, y, angle], (frames, 1))
     smooth = lambda a: (10 * a**3 - 15 * a**4 + 6 * a**5)[:, None]  # no jerk at either end
@@ -494,15 +496,17 @@ def robot(rng, size, frames, flow=False):
     home = np.array([rng.uniform(0.2, 0.8), rng.uniform(0.38, 0.48)]) * S
     touch = block - np.array([way * (side + 0.05 * S), 0])
     tip = home + reach * (touch - home) + push * (goal - block)  # (T, 2)
-    wrist, base, long = tip - np.array([0, 0.17 * S]), np.array([rng.uniform(0.25, 0.75), -0.12]) * S, 0.47 * S
+    base = np.array([0.5 if make == "one" else rng.uniform(0.25, 0.75), -0.12]) * S
+    wrist, long = tip - np.array([0, 0.17 * S]), 0.47 * S
     apart = wrist - base
-    bend = np.arccos((np.hypot(*apart.T) / (2 * long)).clip(0, 1)) * (1 if base[0] < S / 2 else -1)
+    bend = np.arccos((np.hypot(*apart.T) / (2 * long)).clip(0, 1)) * (1 if base[0] <= S / 2 else -1)
     upper = np.arctan2(apart[:, 1], apart[:, 0]) + bend
     elbow = base + long * np.stack([np.cos(upper), np.sin(upper)], 1)
     lower = np.arctan2(*(wrist - elbow).T[::-1])
     at = lambda p, angle=0.0: np.column_stack([p, np.broadcast_to(angle, frames)])
     paint, steel, dark = rng.uniform(40, 230, 3), np.array([205, 205, 210.0]), np.array([70, 70, 80.0])
-    arm = np.array([[235, 120, 40], [225, 225, 230], [70, 110, 200], [235, 190, 50]])[rng.integers(4)]
+    arm = np.array([[235, 120, 40], [225, 225, 230], [70, 110, 200], [235, 190, 50]])
+    arm = arm[0 if make == "one" else rng.integers(4)]
     bands = lambda period: np.array([[2 * np.pi / (period * S), 0, rng.uniform(0, 6.3)]])
     part = lambda box, pose, colour, waves, strength=0.3: dict(box=tuple(S * b for b in box), pose=pose, colour=colour,
                                                                waves=waves, strength=strength)
@@ -583,6 +587,24 @@ def coherent(found):
     return whole & (sudden < 0.09 * size) & (found["hue"] == found["hue"][:, :1]).all(1)
 
 WORLDS = {"sky": sky, "mazes": mazes, "shapes": shapes, "robot": robot, "sprites": sprites}
+
+# ---------------------------------------------------------------------------------------------- training
+def moments(clips):
+    """Mean and deviation of the pixels of (some of the) clips, in [-1, 1], for normalise()."""
+    some = to_float(torch.cat([clips.frames(k) for k in range(min(200, len(clips)))]))
+    return some.mean().item(), some.std().item()
+
+def normalise(clips, moments):
+    """uint8 (B, T, 3, H, W) -> (B, 3, T, H, W) of mean 0 and variance 1."""
+    return ((to_float(clips) - moments[0]) / moments[1]).transpose(1, 2)
+
+def dice(seed, use, step):
+    """Random numbers as a function of (seed, use, step) alone, so that a resumed run goes on as it was."""
+    return torch.Generator().manual_seed((seed << 34) + (use << 32) + step)
+
+def averaged(net, decay):
+    """The average of a network's weights over training, to sample from."""
+    return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 # ---------------------------------------------------------------------------------------------- noise levels
 def like(s, x):

@@ -29,21 +29,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.utils import flow_to_image
 from tqdm import tqdm
 
 import common
-from common import Fault, cut, edm_denoise, edm_weight, karras_sigmas, like, opt, sample_edm, to_float, to_uint8
+from common import Fault, averaged, cut, dice, edm_denoise, edm_weight, karras_sigmas, like, normalise, opt
+from common import sample_edm, to_float, to_uint8
 
 @dataclass
 class Config:
     dataset: str = opt("robot", "robot, or a folder of your clips in --data_dir")
     data_dir: str = opt("", "real clips: DATA_DIR/DATASET/{train,test}/; empty: data, else a procedural world")
     preset: str = opt("auto", "tiny (two CPU cores), small (one GPU), paper (128 px); auto: by device")
-    iters: int = opt(600, "fine-tuning steps of every objective", 1, 10**8)
-    base_iters: int = opt(3000, "steps of the base model, on general motion", 0, 10**8)
-    raft_iters: int = opt(1500, "steps of the tiny RAFT", 0, 10**8)
+    iters: int = opt(1000, "fine-tuning steps of every objective", 1, 10**8)
+    base_iters: int = opt(2500, "steps of the base model, on general motion", 0, 10**8)
+    raft_iters: int = opt(2000, "steps of the tiny RAFT", 0, 10**8)
     batch: int = opt(4, "clips in a batch", 1, 65536)
     size: int = opt(32, "height and width of a frame, pixels; a multiple of 2^levels x patch, 24 at least", 24, 1024)
     frames: int = opt(16, "frames of a clip", 4, 256)
@@ -55,10 +55,10 @@ class Config:
     compile: bool = opt(False, "torch.compile the denoisers")
     amp: bool = opt(False, "bfloat16 autocast inside the denoisers")
     objectives: str = opt("none,constant,gated", "of none, constant, lambda, soft, gated; which to compare")
-    psi: float = opt(1.0, "the gate: noise levels from here on have no flow term", 0, 1000)
-    scale: float = opt(0.1, "S, of the squared difference in pixels^2, a mean over pixels and pairs", 0, 10**6)
+    psi: float = opt(2.0, "the gate: noise levels from here on have no flow term", 0, 1000)
+    scale: float = opt(0.2, "S, of the squared difference in pixels^2, a mean over pixels and pairs", 0, 10**6)
     pairs: str = opt("first", "flow from the first frame (paper, likely) or the one before", choices=("first", "next"))
-    n_pairs: int = opt(2, "pairs of frames drawn a clip and step, an unbiased sample of the sum over t", 1, 256)
+    n_pairs: int = opt(1, "pairs of frames drawn a clip and step, an unbiased sample of the sum over t", 1, 256)
     hidden: float = opt(0.3, "o, weight where the true flow's target is not visible", 0, 1)
     prior: str = opt("wide", "of ln sigma: SVD's, EDM's, or between: see PRIOR", choices=("svd", "edm", "wide"))
     raft: str = opt("tiny", "flow estimator: ours, or torchvision's with its weights", choices=("tiny", "raft_small"))
@@ -71,9 +71,9 @@ class Config:
     lr_tune: float = opt(5e-4, "the same for fine-tuning, constant", 0, 1)
     ema: float = opt(0.98, "decay of the weight average that is sampled from; 0: the last weights", 0, 0.999999)
     clips: int = opt(500, "training clips of a procedural world", 2, 10**6)
-    points: str = opt("50,100,200,600", "fine-tuning steps at which to evaluate")
+    points: str = opt("50,100,200,1000", "fine-tuning steps at which to evaluate")
     videos: int = opt(32, "held-out clips to generate at each of them", 2, 4096)
-    steps: int = opt(8, "steps of the Heun sampler; evaluations: twice as many less one", 1, 1000)
+    steps: int = opt(12, "steps of the Heun sampler; evaluations: twice as many less one", 1, 1000)
 
 PRESETS = {
     "tiny": {},
@@ -82,7 +82,7 @@ PRESETS = {
     "paper": dict(iters=10000, base_iters=50000, raft_iters=20000, batch=16, size=128, width=192, mults="1,1,2,2,4",
                   lr=1e-4, lr_tune=5e-5, ema=0.999, clips=20000, points="100,1000,10000", videos=128, amp=True),
 }
-PRIOR = {"svd": (0.7, 1.6), "edm": (-1.2, 1.2), "wide": (-0.4, 1.5)}  # mean and spread of ln sigma. Paper silent: wide
+PRIOR = {"svd": (0.7, 1.6), "edm": (-1.2, 1.2), "wide": (0.0, 1.5)}  # mean and spread of ln sigma. Paper silent: wide
 # lies between SVD's, for latents, with too few low levels for pixels, and EDM's, with too few that decide motion.
 SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 10.0)  # where losses and flow are tabulated
 
@@ -119,8 +119,8 @@ def flow_difference(estimate, video, truth, i, j, hidden=0.3):
     take = lambda v, k: v.transpose(1, 2)[rows, k].flatten(0, 1)  # (B K, 3, H, W)
     with torch.no_grad():
         a, b = take(truth, i), take(truth, j)
-        true = estimate(a, b)
-        o = torch.where(visible(true, estimate(b, a)), 1.0, hidden)  # (B K, 1, H, W)
+        true, back = estimate(torch.cat([a, b]), torch.cat([b, a])).chunk(2)
+        o = torch.where(visible(true, back), 1.0, hidden)  # (B K, 1, H, W)
     flow = estimate(take(video, i), take(video, j))
     return (o * (flow - true).square().sum(1, keepdim=True)).flatten(1).mean(1).view(i.shape).mean(1)
 
@@ -333,7 +333,7 @@ def train_raft(cfg, stage, device):
     optimiser = torch.optim.AdamW(raft.parameters(), 2e-3)
     def step(k):
         a, b, true = (x.to(device) for x in flow_pairs(cfg, k, 16))
-        g = dice(cfg, 1, k)
+        g = dice(cfg.seed, 1, k)
         noise = 0.1 * torch.rand(1, generator=g) * (torch.rand(1, generator=g) < 0.3)
         a, b = (x + (noise * torch.randn(x.shape, generator=g)).to(device) for x in (a, b))
         weight = 1 + 4 * (true.square().sum(1) > 0.01)  # (N, H, W)
@@ -360,10 +360,6 @@ def large_raft(cfg, device):
         return F.avg_pool2d(raft(a, b, num_flow_updates=cfg.updates)[-1], k) / k
     return estimate
 
-def normalise(clips, moments):
-    """uint8 (B, T, 3, H, W) -> y (B, 3, T, H, W) of mean 0 and variance 1; moments: mean and deviation in [-1, 1]."""
-    return ((to_float(clips) - moments[0]) / moments[1]).transpose(1, 2)
-
 def decoder(moments):
     """y -> video in [-1, 1]; stands where a latent model has its VAE."""
     return lambda y: y * moments[1] + moments[0]
@@ -373,16 +369,11 @@ def denoiser(net, first, amount=0.0, noise=None):
     first = first if noise is None else first + amount * noise
     return lambda x, sigma: edm_denoise(lambda z, c: net(z, c, first), x, sigma)
 
-def dice(cfg, stage_number, step):  # a function of (seed, stage, step) alone, so that a resumed run goes on as it was
-    return torch.Generator().manual_seed((cfg.seed << 34) + (stage_number << 32) + step)
-
 def noise_of(prior, y, g):
     """sigma (B,) of the prior, noise like y, noise like its first frame."""
     mean, spread = PRIOR[prior]
     draw = lambda *shape: torch.randn(*shape, generator=g).to(y.device)
     return (mean + spread * draw(len(y))).exp(), draw(*y.shape), draw(*y[:, :, 0].shape)
-
-averaged = lambda net, decay: AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 def descend(loss, net, optimiser, average=None):
     optimiser.zero_grad()
@@ -392,15 +383,16 @@ def descend(loss, net, optimiser, average=None):
     if average: average.update_parameters(net)
 
 def train_base(cfg, stage, moments, device):
-    """The image-to-video model on motion in general (world `shapes`), reconstruction alone: its weight average."""
+    """The image-to-video model on motion in general, boxes and arms of any make, reconstruction alone: its average."""
     torch.manual_seed(cfg.seed + 1)
     net = VideoUNet(cfg.width, [float(m) for m in cfg.mults.split(",")], cfg.patch, cfg.amp).to(device)
     average, optimiser = averaged(net, cfg.ema), torch.optim.AdamW(net.parameters(), cfg.lr)
     if cfg.compile: net.compile()
     def step(k):
         rngs = [np.random.default_rng([cfg.seed, 4, k, b]) for b in range(cfg.batch)]
-        clips = torch.stack([common.shapes(rng, cfg.size, cfg.frames, rough=0.3)["video"] for rng in rngs])
-        y, g = normalise(clips.to(device), moments), dice(cfg, 2, k)
+        clips = [common.shapes(rng, cfg.size, cfg.frames, rough=0.3) if b % 2 else
+                 common.robot(rng, cfg.size, cfg.frames, make="any") for b, rng in enumerate(rngs)]
+        y, g = normalise(torch.stack([c["video"] for c in clips]).to(device), moments), dice(cfg.seed, 2, k)
         sigma, n, aug = noise_of(cfg.prior, y, g)
         D = denoiser(net, y[:, :, 0], cfg.augment, aug)(y + like(sigma, y) * n, sigma)
         loss = recon_loss(D, y, sigma).mean()
@@ -422,7 +414,7 @@ def tune(cfg, stage, saved, base, estimate, clips, moments, device):
     batches, decode = common.Batches(clips, cfg.batch, cfg.frames, cfg.seed), decoder(moments)
     meter = saved.setdefault("meter", {o: [0.0, 0, 0] for o in objectives})  # seconds, steps, samples with a flow term
     def step(k):
-        y, g = normalise(batches[k].to(device), moments), dice(cfg, 3, k)
+        y, g = normalise(batches[k].to(device), moments), dice(cfg.seed, 3, k)
         sigma, n, aug = noise_of(cfg.prior, y, g)
         j = torch.rand(len(y), cfg.frames - 1, generator=g).argsort(1)[:, :cfg.n_pairs].to(device) + 1  # (B, K)
         i, losses = 0 * j if cfg.pairs == "first" else j - 1, {}
@@ -468,8 +460,8 @@ def evaluate(cfg, saved, base, estimate, test_clips, world, moments, device):
                 epe_floor=error(found)[moving].mean().item() if world else None)
     others = range(count, len(test_clips)) if len(test_clips) > count + 1 else range(count)
     reference = common.own_features(cut(torch.stack([test_clips.frames(k, 0, cfg.frames) for k in others]), 8))
-    first, sigmas = y[:, :, 0], karras_sigmas(cfg.steps)
-    noise = torch.randn(y.shape, generator=dice(cfg, 0, 0)).to(device)
+    first, sigmas = y[:, :, 0], karras_sigmas(cfg.steps, low=0.05)  # noise of 0.05 nobody sees
+    noise = torch.randn(y.shape, generator=dice(cfg.seed, 0, 0)).to(device)
     rows, videos, flows, net = [], {"truth": real.cpu()}, {"truth": true}, copy.deepcopy(base).eval()
     def row(name, step, weights, seconds=None, share=None):
         net.load_state_dict(weights)
@@ -497,7 +489,7 @@ def evaluate(cfg, saved, base, estimate, test_clips, world, moments, device):
 def by_noise(cfg, nets, estimate, clips, moments, device):
     """Fig. 2 and 3 as numbers: what happens at every noise level of SIGMAS, on clips (N, T, 3, H, W)."""
     y, decode = normalise(clips.to(device), moments), decoder(moments)
-    n, truth = torch.randn(y.shape, generator=dice(cfg, 0, 1)).to(device), decode(y)
+    n, truth = torch.randn(y.shape, generator=dice(cfg.seed, 0, 1)).to(device), decode(y)
     j = torch.arange(1, cfg.frames, device=device).expand(len(y), -1)
     i = 0 * j if cfg.pairs == "first" else j - 1
     found, true = dict(sigma=SIGMAS, noisy_flow=[]), flows_of(estimate, truth)
@@ -530,7 +522,7 @@ def pictures(cfg, out, rows, videos, flows, noise, estimate, moments):
     common.save_curves(out / "curves.png", [dict(title=title, x="fine-tuning step", y=key, lines={
         o: over(o, key) for o in objectives}) for key, title in titles.items()])
     pair = normalise(videos["truth"][:1, cfg.frames // 4:cfg.frames // 4 + 2], moments)  # (1, 3, 2, H, W)
-    n, levels = torch.randn(pair.shape, generator=dice(cfg, 0, 2)), (0, *SIGMAS)
+    n, levels = torch.randn(pair.shape, generator=dice(cfg.seed, 0, 2)), (0, *SIGMAS)
     noisy = torch.cat([decoder(moments)(pair + s * n) for s in levels])
     flow = flow_to_image(estimate(*noisy.to(flows["truth"].device).unbind(2)).cpu())
     page = common.sheet([("frame and\nnoise", to_uint8(noisy[:, :, 0])), ("its flow", flow)],
@@ -579,8 +571,7 @@ def main():
                                                         cfg.frames, cfg.seed, min_frames=cfg.frames)
     out, lock = common.open_run("flowloss", cfg, source)
     saved = common.load_stages(out / "ckpt.pt", "flowloss", cfg, MUST_FIT, SAME_TRAINING, "tune", device)
-    some = to_float(torch.cat([train_clips.frames(k, 0, cfg.frames) for k in range(min(200, len(train_clips)))]))
-    moments = (some.mean().item(), some.std().item())  # EDM with sigma_data = 1 wants data of variance 1
+    moments = common.moments(train_clips)  # EDM with sigma_data = 1 wants data of variance 1
     print(f"{cfg.preset} preset on {device}, {len(train_clips)} + {len(test_clips)} clips ({source})")
     stage = partial(common.stage, "flowloss", cfg, out, saved, columns=["flow", "base", *cfg.objectives.split(",")])
     estimate = train_raft(cfg, stage, device) if cfg.raft == "tiny" else large_raft(cfg, device)

@@ -33,12 +33,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import common
-from common import COLOURS, FORMS, WAYS, Fault, like, opt, to_float, to_uint8
+from common import COLOURS, FORMS, WAYS, Fault, averaged, dice, like, normalise, opt, to_uint8
 
 @dataclass
 class Config:
@@ -286,9 +285,6 @@ def auc(value, positive):
     return ((a[:, None] > b).double() + (a[:, None] == b).double() / 2).mean().item() if len(a) and len(b) else math.nan
 
 # ----------------------------------------------------------------------------------------------- train
-def dice(cfg, use, k):  # a function of (seed, use, k) alone, so that a resumed run goes on as it was
-    return torch.Generator().manual_seed((cfg.seed << 34) + (use << 32) + k)
-
 def flow_matching_loss(network, z_1, z_0, t, text):
     """Eq. 1's loss of every video, (B,), over the variance that the best linear guess leaves of the target."""
     z = (1 - like(t, z_1)) * z_1 + like(t, z_1) * z_0  # Eq. 1
@@ -300,7 +296,7 @@ def train(cfg, stage, net, average, clips, text, moments, device):
     optimiser = torch.optim.AdamW(net.parameters(), cfg.lr, betas=(0.9, 0.98))
     batches = common.Batches(clips, cfg.batch, cfg.frames, cfg.seed)
     def step(k):
-        g = dice(cfg, 1, k)
+        g = dice(cfg.seed, 1, k)
         z_1 = normalise(batches[k], moments).to(device)
         z_0 = torch.randn(z_1.shape, generator=g).to(device)
         t = torch.rand(cfg.batch, generator=g)
@@ -318,16 +314,12 @@ def train(cfg, stage, net, average, clips, text, moments, device):
 
     stage("train", cfg.iters, dict(net=net, average=average, optimiser=optimiser), step)
 
-def normalise(clips, moments):
-    """uint8 (B, T, 3, H, W) -> z_1 (B, 3, T, H, W) of mean 0 and variance 1; moments: mean and deviation in [-1, 1]."""
-    return ((to_float(clips) - moments[0]) / moments[1]).transpose(1, 2)
-
 @torch.no_grad()
 def by_decile(cfg, net, clips, text, moments, device):
     """Held-out loss for t in [0, 0.1], [0.1, 0.2], ..., 10 numbers: a mean would hide where a model fails."""
     n = min(256, len(clips))
     z_1 = normalise(torch.stack([clips.frames(k, 0, cfg.frames) for k in range(n)]), moments).to(device)
-    z_0, u = torch.randn(z_1.shape, generator=dice(cfg, 2, 0)).to(device), (torch.arange(n, device=device) + 0.5) / n
+    z_0, u = torch.randn(z_1.shape, generator=dice(cfg.seed, 2, 0)).to(device), (torch.arange(n, device=device) + 0.5) / n
     return [flow_matching_loss(net, z_1, z_0, (d + u) / 10, text[:n].to(device)).mean().item() for d in range(10)]
 
 # ----------------------------------------------------------------------------------------------- evaluate
@@ -338,7 +330,7 @@ def guidance(cfg, method):
     """How `method` guides a step: guide(z, v, t) -> (z, u); None if it does not."""
     pixels = [int(n) for n in cfg.fold.split(",")]
     loss = lambda **how: lambda u: flowmo_loss(fold(u, *pixels), **how)
-    coin = dice(cfg, 3, 0)
+    coin = dice(cfg.seed, 3, 0)
     signs = lambda g: (2 * torch.randint(2, g.shape, generator=coin) - 1).to(g)
     how = {"flowmo": lambda t: {}, "flowmo-gd": lambda t: dict(eta=cfg.eta_plain, direction=lambda g: g),
            "flowmo-norefresh": lambda t: dict(refresh=False), "flowmo-mean": lambda t: dict(loss=loss(over="mean")),
@@ -357,7 +349,7 @@ def evaluate(cfg, net, prompts, words, noise, moments, device):
     """Sample the same prompts and noise with every method: rows, videos, and by step of "base" the loss of Eq. 8."""
     rows, videos, spread, told = [], {}, {}, {}
     grid, chosen = time_grid(cfg.steps, cfg.shift), guided_steps(cfg)
-    again, text = torch.randn(noise.shape, generator=dice(cfg, 3, 1)), encode(prompts, words, net.length)
+    again, text = torch.randn(noise.shape, generator=dice(cfg.seed, 3, 1)), encode(prompts, words, net.length)
     for name in cfg.methods.split(","):
         began, parts = time.perf_counter(), []
         said = encode([p + ", steady" for p in prompts], words, net.length) if name == "steady" else text
@@ -492,12 +484,11 @@ def main():
     saved = common.load_stages(out / "ckpt.pt", "flowmo", cfg, MUST_FIT, SAME_TRAINING, "train", device)
     if saved.setdefault("words", words) != words:
         raise Fault(f"{out / 'ckpt.pt'} was trained on other captions than those in --data_dir; use another --out_dir")
-    some = to_float(torch.cat([train_clips.frames(k, 0, cfg.frames) for k in range(min(500, len(train_clips)))]))
-    moments = (some.mean().item(), some.std().item())
+    moments = common.moments(train_clips)
     torch.manual_seed(cfg.seed)
     net = TextToVideo(len(words) + 1, length, cfg.size, cfg.frames, cfg.width, cfg.layers, cfg.amp,
                       cfg.checkpointing).to(device)
-    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
+    average = averaged(net, cfg.ema)
     print(f"{cfg.preset} preset on {device}, {len(train_clips)} + {len(test_clips)} captioned clips ({source}), "
           f"{sum(p.numel() for p in net.parameters()):,} parameters")
     for module in (net, average.module) if cfg.compile else ():
@@ -510,7 +501,7 @@ def main():
     deciles = by_decile(cfg, net, test_clips, encode(test_captions, words, length), moments, device)
     # prompts are held-out captions without their word of quality; the noise is the same for every method
     prompts = [re.sub(", (steady|shaky)$", "", test_captions[k % len(test_captions)]) for k in range(cfg.prompts)]
-    noise = torch.randn(cfg.prompts, 3, cfg.frames, cfg.size, cfg.size, generator=dice(cfg, 4, 0))
+    noise = torch.randn(cfg.prompts, 3, cfg.frames, cfg.size, cfg.size, generator=dice(cfg.seed, 4, 0))
     rows, videos, spread, told = evaluate(cfg, net, prompts, words, noise, moments, device)
     real = torch.stack([test_clips.frames(k, 0, cfg.frames) for k in range(min(cfg.prompts, len(test_clips)))])
     found = {}

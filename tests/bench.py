@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import biflow  # noqa: E402
 import common  # noqa: E402
 import flowloss  # noqa: E402
+import flowmo  # noqa: E402
 
 DEVICE = common.pick_device("auto")
 GPU = DEVICE.type == "cuda"
@@ -232,6 +233,38 @@ def raft_against_torchvision():
             p, q = versus(lambda: ours(a, b, updates), lambda: theirs(a, b, num_flow_updates=updates))
         note = f"128 px, {q * 1e3:.0f} against {p * 1e3:.0f} ms"
         yield f"torchvision's raft_small / tiny RAFT, {updates} updates", q / p, ">= 3", note
+
+
+@bench
+def guided_sampling():
+    """FlowMo at the paper's 12 of 50 guided steps, against plain sampling with the same network."""
+    cfg = flowmo.Config(**flowmo.PRESETS["small" if GPU else "tiny"])
+    noise = torch.randn(8, 3, cfg.frames, cfg.size, cfg.size, device=DEVICE)
+    text = torch.ones(8, 6, dtype=torch.long, device=DEVICE)
+
+    def sampler(checkpointing, guide):
+        torch.manual_seed(0)
+        net = flowmo.TextToVideo(20, 6, cfg.size, cfg.frames, cfg.width, cfg.layers, cfg.amp, checkpointing)
+        velocity = flowmo.prompted(net.to(DEVICE).eval().requires_grad_(False), text, 1.0)
+        return lambda: flowmo.sample(velocity, noise, flowmo.time_grid(50), guide, range(12))
+    guide = lambda z, v, t: flowmo.flowmo_step(z, v, 0.05)
+    plain, guided, kept = versus(sampler(False, None), sampler(False, guide), sampler(True, guide), rounds=3)
+    count = (50 + 2 * 12) / 50
+    note = f"{plain / 50 * 1e3:.0f} ms a plain step"
+    yield "guided / plain sampling, over the count's 1.48", guided / plain / count, "<= 1.15", note
+    yield "guided / plain sampling", guided / plain, "<= 2.36", "2.36: the released code, by the paper"
+    memory = [kept_by(lambda: sampler(on, guide)) for on in (False, True)]
+    yield "activations kept, checkpointing / without", memory[1] / memory[0], "<= 0.5", \
+        f"{memory[0] / 2**20:.0f} MB without; time {kept / guided:.2f}x"
+
+
+def kept_by(make):
+    """Bytes that autograd keeps for the backward passes of a guided sampling, at most at a time: of one guided step."""
+    total, run = [0], make()
+    note = lambda x: total.__setitem__(0, total[0] + x.numel() * x.element_size()) or x
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        run()
+    return total[0] / 12
 
 
 def main(wanted):
