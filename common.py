@@ -584,7 +584,7 @@ def coherent(found):
     sudden = found["centre"].diff(dim=1).diff(dim=1).norm(dim=-1).amax(1)  # pixels a frame^2
     ratio = area / area.median(1, keepdim=True).values.clamp(min=1e-6)
     whole = (ratio > 0.55).all(1) & (ratio < 1 / 0.55).all(1) & (area > 0.02 * size**2).all(1)
-    return whole & (sudden < 0.09 * size) & (found["hue"] == found["hue"][:, :1]).all(1)
+    return whole & (sudden < 0.14 * size) & (found["hue"] == found["hue"][:, :1]).all(1)
 
 WORLDS = {"sky": sky, "mazes": mazes, "shapes": shapes, "robot": robot, "sprites": sprites}
 

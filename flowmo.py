@@ -61,7 +61,7 @@ class Config:
     guided: str = opt("0-3", "guided steps, counted from 0: numbers and ranges (paper: 0-11 of 50)")
     steps: int = opt(16, "steps of the Euler sampler", 1, 10000)
     shift: float = opt(1.0, "time grid: 1 is linear; Wan has 5, most steps near noise", 0.01, 100)
-    rho: float = opt(0.0, "guidance by the prompt, u_P + rho (u_P - u_0)", 0, 100)
+    rho: float = opt(1.0, "guidance by the prompt, u_P + rho (u_P - u_0)", 0, 100)
     fold: str = opt("1,1", "frames and pixels (squared) that make one place of the latent, for the loss")
     checkpointing: bool = opt(False, "recompute activations in the guidance's backward pass: less memory, more time")
     width: int = opt(128, "channels of the transformer; the convolutions around it have a third", 24, 4096)
