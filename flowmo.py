@@ -58,11 +58,11 @@ class Config:
     methods: str = opt("base,random,flowmo,flowmo-mean,freeinit,steps", "what to sample with, of METHODS; or all")
     eta: float = opt(0.05, "size of a guidance step: of every element of z (paper: 0.005)", 0, 100)
     eta_plain: float = opt(1.0, "the same for flowmo-gd, a factor of the gradient", 0, 10**6)
-    guided: str = opt("0-3", "guided steps, counted from 0: numbers and ranges (paper: 0-11 of 50)")
+    guided: str = opt("3-7", "guided steps, counted from 0: numbers and ranges (paper: 0-11 of 50)")
     steps: int = opt(16, "steps of the Euler sampler", 1, 10000)
     shift: float = opt(1.0, "time grid: 1 is linear; Wan has 5, most steps near noise", 0.01, 100)
     rho: float = opt(1.0, "guidance by the prompt, u_P + rho (u_P - u_0)", 0, 100)
-    fold: str = opt("1,1", "frames and pixels (squared) that make one place of the latent, for the loss")
+    fold: str = opt("1,4", "frames and pixels (squared) that make one place for the loss, as a latent would")
     checkpointing: bool = opt(False, "recompute activations in the guidance's backward pass: less memory, more time")
     width: int = opt(128, "channels of the transformer; the convolutions around it have a third", 24, 4096)
     layers: int = opt(3, "layers of the transformer", 1, 100)
@@ -70,14 +70,14 @@ class Config:
     ema: float = opt(0.995, "decay of the weight average that is sampled from; 0: the last weights", 0, 0.999999)
     drop: float = opt(0.1, "share of captions left out while training, for u_0", 0, 1)
     clips: int = opt(8000, "training clips of a procedural world", 2, 10**6)
-    prompts: int = opt(128, "prompts to sample", 2, 10**5)
+    prompts: int = opt(256, "prompts to sample", 2, 10**5)
 
 PRESETS = {
     "tiny": {},
     "small": dict(iters=20000, batch=64, size=32, frames=16, width=384, layers=8, lr=5e-4, ema=0.999, clips=40000,
-                  prompts=256, steps=50, guided="0-11", amp=True),
+                  steps=50, guided="9-24", amp=True),
     "paper": dict(iters=100000, batch=64, size=64, frames=16, width=768, layers=12, lr=2e-4, ema=0.9995, clips=100000,
-                  prompts=256, steps=50, shift=5.0, rho=4.0, guided="0-11", eta=0.005, amp=True),
+                  steps=50, shift=5.0, rho=4.0, guided="0-11", eta=0.005, fold="1,1", amp=True),
 }
 
 # Notation. B, C, T, H, W: batch, channels, frames, height, width. z_1: the video, variance 1; z_0: noise; z, u alike.
@@ -89,6 +89,7 @@ def flowmo_loss(u, frames=2, channels=1, debias=True, over="max"):
 
     u: a prediction (B, ...) of any layout; frames, channels: its axes of those, all other axes are space. debias=False
     leaves Eq. 2 out, over="mean" averages over places: the paper's ablations. Needs three frames, or two without Eq. 2.
+    A place of Wan's latent holds 8x8 pixels of four frames; in pixel space fold() gathers what is to count as one.
     """
     d = u.diff(dim=frames).abs() if debias else u  # Eq. 2, Delta u
     variance = d.var(frames, unbiased=False, keepdim=True)  # Eq. 3
@@ -204,8 +205,8 @@ class TextToVideo(nn.Module):
 
     Around it stands the best linear guess of the velocity for data of variance 1, so that the network has a target of
     variance 1 at every t: u = a(t) z + b(t) F(b(t) z, t, text), b = 1 / sqrt(t^2 + (1 - t)^2), a = (2 t - 1) b^2.
-    'left' means another place in every frame: with the embedding of place and frame multiplied by the text it is learned
-    from 500 steps on; with both only added, 1,500 steps did not begin to.
+    'left' means another place in every frame: with the embedding of place and frame multiplied by the text it is
+    learned from 500 steps on; with both only added, 1,500 steps did not begin to.
     """
     def __init__(self, vocabulary, length, size, frames, d, layers, amp=False, checkpointing=False):
         super().__init__()
@@ -319,7 +320,8 @@ def by_decile(cfg, net, clips, text, moments, device):
     """Held-out loss for t in [0, 0.1], [0.1, 0.2], ..., 10 numbers: a mean would hide where a model fails."""
     n = min(256, len(clips))
     z_1 = normalise(torch.stack([clips.frames(k, 0, cfg.frames) for k in range(n)]), moments).to(device)
-    z_0, u = torch.randn(z_1.shape, generator=dice(cfg.seed, 2, 0)).to(device), (torch.arange(n, device=device) + 0.5) / n
+    z_0 = torch.randn(z_1.shape, generator=dice(cfg.seed, 2, 0)).to(device)
+    u = (torch.arange(n, device=device) + 0.5) / n
     return [flow_matching_loss(net, z_1, z_0, (d + u) / 10, text[:n].to(device)).mean().item() for d in range(10)]
 
 # ----------------------------------------------------------------------------------------------- evaluate
