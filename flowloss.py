@@ -41,7 +41,7 @@ class Config:
     dataset: str = opt("robot", "robot, or a folder of your clips in --data_dir")
     data_dir: str = opt("", "real clips: DATA_DIR/DATASET/{train,test}/; empty: data, else a procedural world")
     preset: str = opt("auto", "tiny (two CPU cores), small (one GPU), paper (128 px); auto: by device")
-    iters: int = opt(1000, "fine-tuning steps of every objective", 1, 10**8)
+    iters: int = opt(800, "fine-tuning steps of every objective", 1, 10**8)
     base_iters: int = opt(2500, "steps of the base model, on general motion", 0, 10**8)
     raft_iters: int = opt(2000, "steps of the tiny RAFT", 0, 10**8)
     batch: int = opt(4, "clips in a batch", 1, 65536)
@@ -56,7 +56,7 @@ class Config:
     amp: bool = opt(False, "bfloat16 autocast inside the denoisers")
     objectives: str = opt("none,constant,gated", "of none, constant, lambda, soft, gated; which to compare")
     psi: float = opt(2.0, "the gate: noise levels from here on have no flow term", 0, 1000)
-    scale: float = opt(0.2, "S, of the squared difference in pixels^2, a mean over pixels and pairs", 0, 10**6)
+    scale: float = opt(0.1, "S, of the squared difference in pixels^2, a mean over pixels and pairs", 0, 10**6)
     pairs: str = opt("first", "flow from the first frame (paper, likely) or the one before", choices=("first", "next"))
     n_pairs: int = opt(1, "pairs of frames drawn a clip and step, an unbiased sample of the sum over t", 1, 256)
     hidden: float = opt(0.3, "o, weight where the true flow's target is not visible", 0, 1)
@@ -71,9 +71,9 @@ class Config:
     lr_tune: float = opt(5e-4, "the same for fine-tuning, constant", 0, 1)
     ema: float = opt(0.98, "decay of the weight average that is sampled from; 0: the last weights", 0, 0.999999)
     clips: int = opt(500, "training clips of a procedural world", 2, 10**6)
-    points: str = opt("50,100,200,1000", "fine-tuning steps at which to evaluate")
+    points: str = opt("50,100,200,800", "fine-tuning steps at which to evaluate")
     videos: int = opt(32, "held-out clips to generate at each of them", 2, 4096)
-    steps: int = opt(12, "steps of the Heun sampler; evaluations: twice as many less one", 1, 1000)
+    steps: int = opt(10, "steps of the Heun sampler; evaluations: twice as many less one", 1, 1000)
 
 PRESETS = {
     "tiny": {},
