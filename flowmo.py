@@ -64,7 +64,7 @@ class Config:
     rho: float = opt(1.0, "guidance by the prompt, u_P + rho (u_P - u_0)", 0, 100)
     fold: str = opt("1,4", "frames and pixels (squared) that make one place for the loss, as a latent would")
     checkpointing: bool = opt(False, "recompute activations in the guidance's backward pass: less memory, more time")
-    width: int = opt(128, "channels of the transformer; the convolutions around it have a third", 24, 4096)
+    width: int = opt(128, "channels of the transformer; the convolutions around it have a third", 32, 4096)
     layers: int = opt(3, "layers of the transformer", 1, 100)
     lr: float = opt(1.5e-3, "AdamW's learning rate, after 100 steps of warm-up; the last 40 % decay to 0", 0, 1)
     ema: float = opt(0.995, "decay of the weight average that is sampled from; 0: the last weights", 0, 0.999999)
@@ -261,11 +261,10 @@ def judge(video, text):
     said = lambda names, k: torch.tensor([list(names).index(words[k]) for words in text])
     colour, form = found["hue"].median(1).values == said(COLOURS, 0), found["form"] == said(FORMS, 1)
     towards = ((moved @ way.T).argmax(1) == said(WAYS, 2)) & (moved.norm(dim=1) > 0.1 * video.shape[-1])
-    step = found["centre"].diff(dim=1)
     still = (found["solid"] == 0)[:, 1:] & (found["solid"] == 0)[:, :-1]  # (N, T - 1, H, W), background
     change = video.float().diff(dim=1).abs().mean(2) * still
     return dict(coherent=common.coherent(found).float(), colour=colour.float(), form=form.float(), way=towards.float(),
-                prompt=(colour & form & towards).float(), speed=step.norm(dim=-1).mean(1),
+                prompt=(colour & form & towards).float(), speed=moved.norm(dim=1) / (video.shape[1] - 1),
                 flicker=change.sum((1, 2, 3)) / still.sum((1, 2, 3)))
 
 def smoothness(video):
@@ -353,31 +352,36 @@ def evaluate(cfg, net, prompts, words, noise, moments, device):
     grid, chosen = time_grid(cfg.steps, cfg.shift), guided_steps(cfg)
     again, text = torch.randn(noise.shape, generator=dice(cfg.seed, 3, 1)), encode(prompts, words, net.length)
     for name in cfg.methods.split(","):
-        began, parts = time.perf_counter(), []
+        guide, parts, seconds, looked = guidance(cfg, name), [], 0.0, []
         said = encode([p + ", steady" for p in prompts], words, net.length) if name == "steady" else text
+        def watch(i, z, u, t):
+            began = time.perf_counter()
+            note(spread, told, name, i, z, u, t)
+            looked.append(time.perf_counter() - began)  # is not part of sampling
         for a in tqdm(range(0, len(noise), 32), f"sampling {name}", leave=False):
             z, velocity = noise[a:a + 32].to(device), prompted(net, said[a:a + 32].to(device), cfg.rho)
-            watch = partial(note, cfg, spread, told if a == 0 else {}) if name in ("base", "flowmo") else None
             times = time_grid(evaluations(cfg, "steps"), cfg.shift) if name == "steps" else grid
-            out = sample(velocity, z, times, guidance(cfg, name), chosen, watch and partial(watch, name))
+            began = time.perf_counter()
+            out = sample(velocity, z, times, guide, chosen, watch if name in ("base", "flowmo") else None)
             if name == "freeinit":
                 out = sample(velocity, freeinit_noise(out, z, again[a:a + 32].to(device)), times)
-            parts.append(out)
-        seconds = (time.perf_counter() - began) / len(noise)
+            parts.append(out.cpu())
+            seconds += time.perf_counter() - began
+        seconds = (seconds - sum(looked)) / len(noise)
         z = torch.cat(parts)
         videos[name] = to_uint8(z * moments[1] + moments[0]).transpose(1, 2)
         rows.append(dict(method=name, eta=cfg.eta_plain if name == "flowmo-gd" else cfg.eta, guided_steps=len(chosen),
                          s_per_video=seconds, evaluations=evaluations(cfg, name), seed=cfg.seed,
                          motion_smoothness=smoothness(videos[name]).mean().item(),
                          patch_variance=flowmo_loss(z).mean().item()))
-        if not guidance(cfg, name):
+        if guide is None:
             rows[-1] |= dict(eta=None, guided_steps=0)
     for row in rows:
         row["cost_ratio"] = row["s_per_video"] / rows[0]["s_per_video"]
-    spread = {k: torch.cat([s for s in v]) for k, v in spread.items()}  # (statistic, step): (N,)
+    spread = {k: torch.cat(v) for k, v in spread.items()}  # (statistic, step): (N,)
     return rows, videos, spread, told
 
-def note(cfg, spread, told, name, i, z, u, t):
+def note(spread, told, name, i, z, u, t):
     """Keep what the paper looks at, at step i: Eq. 8 of u and of the clean estimate (Eq. 4), by base; its pictures."""
     clean = z - t * u  # Eq. 4
     if name == "base":
@@ -386,9 +390,9 @@ def note(cfg, spread, told, name, i, z, u, t):
                 spread.setdefault((f"{kind}, {over}", i), []).append(flowmo_loss(value, over=over).cpu())
     told.setdefault((name, i), clean[:1].cpu())
 
-def score(cfg, rows, videos, prompts):
+def score(rows, videos, prompts):
     """What tracking says of every method's clips, for prompts of `sprites`, into rows; -> {method: judgements (N,)}."""
-    text = [p.split()[1:3] + p.split()[4:5] for p in prompts]  # "a red circle moving left"
+    text = [words_of(p)[1:3] + words_of(p)[4:5] for p in prompts]  # "a red circle moving left"
     found = {name: judge(video, text) for name, video in videos.items()}
     for row in rows:
         f = found[row["method"]]
@@ -401,7 +405,7 @@ def score(cfg, rows, videos, prompts):
         row["coherent_ci_random"] = against("random") if row["method"] != "random" and "random" in found else None
     return found
 
-def premise(cfg, spread, coherent):
+def premise(spread, coherent):
     """The paper's motivation: for every statistic and step of "base", its means over coherent and incoherent clips and
     its AUC for incoherent ones: {statistic: {"coherent": [...], "incoherent": [...], "auc": [...]}}."""
     found = {}
@@ -465,8 +469,8 @@ def check(cfg):
     common.check_names(cfg, "methods", METHODS)
     common.check_list(cfg, "fold", int, 1, 64)
     guided_steps(cfg)
-    if cfg.size % 4 or cfg.width % 24 and cfg.width % 32:
-        raise Fault(f"--size {cfg.size}, --width {cfg.width}: must be multiples of 4 and of 32")
+    if cfg.size % 4 or cfg.width % 32:
+        raise Fault(f"--size {cfg.size} must be a multiple of 4, --width {cfg.width} one of 32")
     fold = [int(n) for n in cfg.fold.split(",")]
     if len(fold) != 2 or cfg.frames // fold[0] < 3 or cfg.size < fold[1]:
         raise Fault(f"--fold {cfg.fold}: must be two numbers, frames and pixels, that leave three frames and one pixel")
@@ -506,19 +510,21 @@ def main():
     noise = torch.randn(cfg.prompts, 3, cfg.frames, cfg.size, cfg.size, generator=dice(cfg.seed, 4, 0))
     rows, videos, spread, told = evaluate(cfg, net, prompts, words, noise, moments, device)
     real = torch.stack([test_clips.frames(k, 0, cfg.frames) for k in range(min(cfg.prompts, len(test_clips)))])
-    found = {}
+    found, reference = {}, [dict(method="real", motion_smoothness=smoothness(real).mean().item())]
     if source == "procedural":
-        judged = score(cfg, rows, videos, prompts)
-        found = premise(cfg, spread, judged["base"]["coherent"] == 1) if "base" in judged else {}
+        judged = score(rows, videos, prompts)
+        score(reference, {"real": real}, test_captions[:len(real)])
+        found = premise(spread, judged["base"]["coherent"] == 1) if "base" in judged else {}
     pictures(cfg, out, rows, videos | {"real": real}, told, found, saved["log"])
     dataset = dict(name=cfg.dataset, source=source, clips=[len(train_clips), len(test_clips)], size=cfg.size)
-    common.write_results(out, "flowmo", cfg, dataset, rows, began, loss_by_decile=deciles, premise=found)
+    common.write_results(out, "flowmo", cfg, dataset, rows, began, loss_by_decile=deciles, premise=found,
+                         reference=reference)
     print("\nheld-out loss by decile of t:", " ".join(f"{v:.3f}" for v in deciles))
     for kind, f in found.items():
         print(f"AUC, step 0 ... {cfg.steps - 1}, {kind + ':':22s}",
               " ".join("  - " if v is None else f"{v:.2f}" for v in f["auc"]))
     print(f"\n{cfg.prompts} prompts, Euler, {cfg.steps} steps, guided {cfg.guided}, eta {cfg.eta}\n"
-          + common.table(rows, COLUMNS))
+          + common.table(reference + rows, COLUMNS))
     print(f"\nwrote {', '.join(p.name for p in sorted(out.iterdir()))} in {out}/ after {time.time() - began:.0f} s")
 
 if __name__ == "__main__":
