@@ -26,29 +26,9 @@ rendered, open_run = cache(common.render), common.open_run
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
-    """run(*flags) -> (exit status, stdout, stderr) of `biflow.py TINY flags`, in this process and an empty folder."""
-    monkeypatch.chdir(tmp_path)
+def run(runner, monkeypatch):
     monkeypatch.setattr(common, "render", rendered)
-    locks = []
-
-    def open_and_note(*args):
-        out, lock = open_run(*args)
-        locks.append(lock)
-        return out, lock
-    monkeypatch.setattr(common, "open_run", open_and_note)
-
-    def call(*flags):
-        monkeypatch.setattr(sys, "argv", ["biflow.py", *TINY, *map(str, flags)])
-        status = 0
-        try:
-            common.run(biflow.main)
-        except SystemExit as e:
-            status = e.code
-        while locks:
-            os.close(locks.pop())  # as the end of a process does
-        return status, *capsys.readouterr()
-    return call
+    return runner(biflow, TINY)
 
 
 def refused(result, *says):

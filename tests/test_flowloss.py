@@ -2,9 +2,7 @@
 import itertools
 import json
 import math
-import os
 import signal
-import sys
 
 import numpy as np
 import pytest
@@ -263,27 +261,8 @@ TINY = ("--device cpu --preset tiny --size 24 --frames 8 --width 8 --mults 1,1 -
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
-    locks, open_run = [], common.open_run
-
-    def open_and_note(*args):
-        out, lock = open_run(*args)
-        locks.append(lock)
-        return out, lock
-    monkeypatch.setattr(common, "open_run", open_and_note)
-
-    def call(*flags):
-        monkeypatch.setattr(sys, "argv", ["flowloss.py", *TINY, *map(str, flags)])
-        status = 0
-        try:
-            common.run(flowloss.main)
-        except SystemExit as e:
-            status = e.code
-        while locks:
-            os.close(locks.pop())  # as the end of a process does
-        return status, *capsys.readouterr()
-    return call
+def run(runner):
+    return runner(flowloss, TINY)
 
 
 def weights(out):

@@ -2,9 +2,7 @@
 import itertools
 import json
 import math
-import os
 import signal
-import sys
 
 import numpy as np
 import pytest
@@ -277,27 +275,8 @@ TINY = ("--device cpu --preset tiny --frames 6 --width 32 --layers 1 --batch 4 -
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
-    locks, open_run = [], common.open_run
-
-    def open_and_note(*args):
-        out, lock = open_run(*args)
-        locks.append(lock)
-        return out, lock
-    monkeypatch.setattr(common, "open_run", open_and_note)
-
-    def call(*flags):
-        monkeypatch.setattr(sys, "argv", ["flowmo.py", *TINY, *map(str, flags)])
-        status = 0
-        try:
-            common.run(flowmo.main)
-        except SystemExit as e:
-            status = e.code
-        while locks:
-            os.close(locks.pop())  # as the end of a process does
-        return status, *capsys.readouterr()
-    return call
+def run(runner):
+    return runner(flowmo, TINY)
 
 
 def weights(out):
