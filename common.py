@@ -259,6 +259,14 @@ def captions_of(clips, dataset, split, size, frames, seed):
             raise Fault(f"clip {clip} has no caption: cannot read {path} ({type(e).__name__}); write one line into it")
     return found
 
+def load_captioned(cfg, test=512):
+    """Train and test clips of cfg.dataset, the captions of both, and 'real' or 'procedural'. Raises Fault."""
+    train_clips, test_clips, source = load_clips(cfg.dataset, cfg.data_dir, cfg.size, (cfg.clips, test), cfg.frames,
+                                                 cfg.seed, min_frames=cfg.frames)
+    captions = [captions_of(clips, cfg.dataset, split, cfg.size, cfg.frames, cfg.seed)
+                for clips, split in ((train_clips, "train"), (test_clips, "test"))]
+    return train_clips, test_clips, *captions, source
+
 class Batches(torch.utils.data.Dataset):
     """Item `step` is that step's batch of `length` consecutive frames, uint8 (B, length, 3, H, W), drawn evenly from
     all there are: a function of (seed, step) alone, so a resumed run sees what an uninterrupted one would have seen."""
@@ -541,7 +549,7 @@ def sprites(rng, size, frames, flow=False, steady=0.65, worded=0.5):
     start = margin + rng.uniform(size=2) * (1 - 2 * margin - path * abs(step)) + path * (step < 0)
     at = start + np.linspace(0, path, frames)[:, None] * step  # (T, 2), widths
     hue, here = [colour] * frames, np.ones(frames, bool)
-    when = rng.integers(frames // 2 + 1, frames - 1)
+    when = rng.integers(frames // 2 + 1, max(frames - 1, frames // 2 + 2))
     if flaw == "jumps":
         at[when - 1:] += abs(step[::-1]) * 0.32 * np.where(at[0] < 0.5, 1, -1)
     elif flaw == "jitters":
@@ -585,6 +593,63 @@ def coherent(found):
     ratio = area / area.median(1, keepdim=True).values.clamp(min=1e-6)
     whole = (ratio > 0.55).all(1) & (ratio < 1 / 0.55).all(1) & (area > 0.02 * size**2).all(1)
     return whole & (sudden < 0.14 * size) & (found["hue"] == found["hue"][:, :1]).all(1)
+
+def judge(video, text):
+    """What is true of clips of `sprites`, by tracking: uint8 (N, T, 3, H, W), [(colour, form, way)] -> dict of (N,)."""
+    found = track(video)
+    way = torch.tensor(list(WAYS.values())).float()
+    moved = found["centre"][:, -1] - found["centre"][:, 0]
+    said = lambda names, k: torch.tensor([list(names).index(words[k]) for words in text])
+    colour, form = found["hue"].median(1).values == said(COLOURS, 0), found["form"] == said(FORMS, 1)
+    towards = ((moved @ way.T).argmax(1) == said(WAYS, 2)) & (moved.norm(dim=1) > 0.1 * video.shape[-1])
+    still = (found["solid"] == 0)[:, 1:] & (found["solid"] == 0)[:, :-1]  # (N, T - 1, H, W), background
+    change = video.float().diff(dim=1).abs().mean(2) * still
+    return dict(coherent=coherent(found).float(), colour=colour.float(), form=form.float(), way=towards.float(),
+                prompt=(colour & form & towards).float(), speed=moved.norm(dim=1) / (video.shape[1] - 1),
+                flicker=change.sum((1, 2, 3)) / still.sum((1, 2, 3)))
+
+def consistency(video):
+    """VBench's subject and background consistency, (N,) twice, 1 at best: cosine similarity of every frame to the first
+    and to the one before, of the tracked shape and of what is behind it (VBench: of DINO and CLIP features)."""
+    found, x, W = track(video), video.float() / 255 - 0.5, video.shape[-1]
+    solid = found["solid"][:, :, None]
+    window = torch.stack(torch.meshgrid(*[torch.linspace(-0.5, 0.5, 8)] * 2, indexing="xy"), -1)  # half the frame
+    at = ((2 * found["centre"] + 1) / W - 1).flatten(0, 1)[:, None, None]  # (N T, 1, 1, 2), in [-1, 1]
+    shape = F.grid_sample((x * solid).flatten(0, 1), at + window, align_corners=False).view(*x.shape[:2], -1)
+    ground = ((x - x.mean((3, 4), keepdim=True)) * (solid < 0.1)).flatten(2)
+    like_others = lambda v: (F.cosine_similarity(v[:, 1:], v[:, :1], dim=2).mean(1)
+                             + F.cosine_similarity(v[:, 1:], v[:, :-1], dim=2).mean(1)) / 2
+    return like_others(shape), like_others(ground)
+
+def score(rows, videos, prompts, others=()):
+    """What tracking says of every method's clips, for prompts of `sprites`, into rows; with 95 % intervals of how many
+    more clips are coherent than those of the methods `others`. Returns the judgements, {method: dict of (N,)}."""
+    text = [words_of(p)[1:3] + words_of(p)[4:5] for p in prompts]  # "a red circle moving left"
+    found = {name: judge(video, text) for name, video in videos.items()}
+    for row in rows:
+        f, (subject, ground) = found[row["method"]], consistency(videos[row["method"]])
+        steady, against = f["coherent"] == 1, lambda other: bootstrap(f["coherent"] - found[other]["coherent"])
+        row |= {k: f[k].mean().item() for k in ("coherent", "colour", "form", "way")} | dict(
+            prompt_acc=f["prompt"].mean().item(), flicker=f["flicker"].nanmean().item(),
+            subject_consistency=subject.mean().item(), background_consistency=ground.mean().item(),
+            dynamic_degree=f["speed"][steady].median().item() if steady.any() else None)
+        for other in others:
+            row["coherent_ci" + f"_{other}" * (other != "base")] = against(other) \
+                if other in found and other != row["method"] else None
+    return found
+
+def words_of(caption):
+    return re.findall(r"[a-z0-9]+", caption.lower())
+
+def encode(captions, vocabulary, length):
+    """Captions -> word indices (N, L), 0 where there is none or an unknown one; what is too long is cut off."""
+    index = {w: k for k, w in enumerate(vocabulary, 1)}
+    rows = [[index.get(w, 0) for w in words_of(c)][:length] for c in captions]
+    return torch.tensor([r + [0] * (length - len(r)) for r in rows])
+
+def plain(caption):
+    """A caption of `sprites` without its word of quality; any other as it is."""
+    return re.sub(", (steady|shaky)$", "", caption)
 
 WORLDS = {"sky": sky, "mazes": mazes, "shapes": shapes, "robot": robot, "sprites": sprites}
 
@@ -703,6 +768,30 @@ def cut(videos, length):
     n = videos.shape[1] // length
     return videos[:, :n * length].unflatten(1, (n, length)).flatten(0, 1)
 
+# ---------------------------------------------------------------------------------------------- statistics
+def smoothness(video):
+    """VBench's idea of motion smoothness, (N,), 1 at best: how well a frame is the mean of its neighbours (VBench uses
+    an interpolation network instead of the mean). uint8 (N, T, 3, H, W)."""
+    x = video.float() / 255
+    return 1 - (x[:, 1:-1] - (x[:, 2:] + x[:, :-2]) / 2).abs().flatten(1).mean(1)
+
+def bootstrap(difference, draws=10000):
+    """95 % interval of the mean of paired differences (N,), by resampling pairs."""
+    rng, x = np.random.default_rng(0), np.asarray(difference, float)
+    means = x[rng.integers(len(x), size=(draws, len(x)))].mean(1)
+    return [round(float(q), 4) for q in np.percentile(means, [2.5, 97.5])]
+
+def auc(value, positive):
+    """Chance that a positive one has the larger value: (N,), bool (N,). Ties count half; nan if one kind is missing."""
+    a, b = value[positive], value[~positive]
+    return ((a[:, None] > b).double() + (a[:, None] == b).double() / 2).mean().item() if len(a) and len(b) else math.nan
+
+def calibration(real, fake, bins=5):
+    """Mean phi and share of real pairs, of pairs sorted by phi into bins of equal size: [(phi, share), ...]."""
+    phi = torch.cat([real.flatten(), fake.flatten()])
+    truth = torch.cat([torch.ones(real.numel()), torch.zeros(fake.numel())])[phi.argsort()]
+    return [(p.mean().item(), q.mean().item()) for p, q in zip(phi.sort().values.chunk(bins), truth.chunk(bins))]
+
 # ---------------------------------------------------------------------------------------------- what a run writes
 def open_run(script, cfg, source):
     """The output folder, locked for this run; a folder with an earlier run is never overwritten. Raises Fault."""
@@ -781,11 +870,13 @@ def interruptible():
             signal.signal(s, handler)
 
 def load_stages(path, script, cfg, must_fit, same_training, last, device):
-    """The checkpoint that stage() goes on from: empty, or with --resume and --eval_only what is there. Raises Fault."""
+    """The checkpoint that stage() goes on from: empty, or with --resume and --eval_only what is there. Raises Fault.
+
+    last: name and steps of the last stage, which --eval_only needs to be complete."""
     if not (cfg.resume or cfg.eval_only):
         return {"log": []}
     saved = load_checkpoint(path, script, cfg, must_fit + (same_training if cfg.resume else ()), device)
-    if cfg.eval_only and saved.get(last, {}).get("step") != cfg.iters:
+    if cfg.eval_only and last[1] and saved.get(last[0], {}).get("step") != last[1]:
         raise Fault(f"{path} is of a run that was interrupted: --resume finishes it")
     return {k: v for k, v in saved.items() if k not in ("script", "config")}
 

@@ -570,7 +570,7 @@ def main():
     train_clips, test_clips, source = common.load_clips(cfg.dataset, cfg.data_dir, cfg.size, (cfg.clips, 96),
                                                         cfg.frames, cfg.seed, min_frames=cfg.frames)
     out, lock = common.open_run("flowloss", cfg, source)
-    saved = common.load_stages(out / "ckpt.pt", "flowloss", cfg, MUST_FIT, SAME_TRAINING, "tune", device)
+    saved = common.load_stages(out / "ckpt.pt", "flowloss", cfg, MUST_FIT, SAME_TRAINING, ("tune", cfg.iters), device)
     moments = common.moments(train_clips)  # EDM with sigma_data = 1 wants data of variance 1
     print(f"{cfg.preset} preset on {device}, {len(train_clips)} + {len(test_clips)} clips ({source})")
     stage = partial(common.stage, "flowloss", cfg, out, saved, columns=["flow", "base", *cfg.objectives.split(",")])

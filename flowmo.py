@@ -24,12 +24,10 @@ trains a small model on captioned clips, some of them coherent and some not, sam
 without guidance, and prints what became of the motion. It writes out/flowmo-sprites-procedural/.
 """
 import math
-import re
 import time
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -37,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import common
-from common import COLOURS, FORMS, WAYS, Fault, averaged, dice, like, normalise, opt, to_uint8
+from common import Fault, auc, averaged, dice, encode, like, normalise, opt, plain, smoothness, to_uint8, words_of
 
 @dataclass
 class Config:
@@ -243,47 +241,6 @@ class TextToVideo(nn.Module):
             x = fold(F.pixel_shuffle, self.out(run(self.two, torch.cat([x, fine], 1), emb))).float()
         return like(2 * t - 1, z) * b**2 * z + b * x
 
-def words_of(caption):
-    return re.findall(r"[a-z0-9]+", caption.lower())
-
-def encode(captions, vocabulary, length):
-    """Captions -> word indices (N, L), 0 where there is none or an unknown one; what is too long is cut off."""
-    index = {w: k for k, w in enumerate(vocabulary, 1)}
-    rows = [[index.get(w, 0) for w in words_of(c)][:length] for c in captions]
-    return torch.tensor([r + [0] * (length - len(r)) for r in rows])
-
-# ----------------------------------------------------------------------------------------------- metrics
-def judge(video, text):
-    """What is true of clips of `sprites`, by tracking: uint8 (N, T, 3, H, W), [(colour, form, way)] -> dict of (N,)."""
-    found = common.track(video)
-    way = torch.tensor(list(WAYS.values())).float()
-    moved = found["centre"][:, -1] - found["centre"][:, 0]
-    said = lambda names, k: torch.tensor([list(names).index(words[k]) for words in text])
-    colour, form = found["hue"].median(1).values == said(COLOURS, 0), found["form"] == said(FORMS, 1)
-    towards = ((moved @ way.T).argmax(1) == said(WAYS, 2)) & (moved.norm(dim=1) > 0.1 * video.shape[-1])
-    still = (found["solid"] == 0)[:, 1:] & (found["solid"] == 0)[:, :-1]  # (N, T - 1, H, W), background
-    change = video.float().diff(dim=1).abs().mean(2) * still
-    return dict(coherent=common.coherent(found).float(), colour=colour.float(), form=form.float(), way=towards.float(),
-                prompt=(colour & form & towards).float(), speed=moved.norm(dim=1) / (video.shape[1] - 1),
-                flicker=change.sum((1, 2, 3)) / still.sum((1, 2, 3)))
-
-def smoothness(video):
-    """VBench's idea of motion smoothness, (N,), 1 at best: how well a frame is the mean of its neighbours (VBench uses
-    an interpolation network instead of the mean). uint8 (N, T, 3, H, W)."""
-    x = video.float() / 255
-    return 1 - (x[:, 1:-1] - (x[:, 2:] + x[:, :-2]) / 2).abs().flatten(1).mean(1)
-
-def bootstrap(difference, draws=10000):
-    """95 % interval of the mean of paired differences (N,), by resampling pairs."""
-    rng, x = np.random.default_rng(0), np.asarray(difference, float)
-    means = x[rng.integers(len(x), size=(draws, len(x)))].mean(1)
-    return [round(float(q), 4) for q in np.percentile(means, [2.5, 97.5])]
-
-def auc(value, positive):
-    """Chance that a positive one has the larger value: (N,), bool (N,). Ties count half; nan if one kind is missing."""
-    a, b = value[positive], value[~positive]
-    return ((a[:, None] > b).double() + (a[:, None] == b).double() / 2).mean().item() if len(a) and len(b) else math.nan
-
 # ----------------------------------------------------------------------------------------------- train
 def flow_matching_loss(network, z_1, z_0, t, text):
     """Eq. 1's loss of every video, (B,), over the variance that the best linear guess leaves of the target."""
@@ -390,21 +347,6 @@ def note(spread, told, name, i, z, u, t):
                 spread.setdefault((f"{kind}, {over}", i), []).append(flowmo_loss(value, over=over).cpu())
     told.setdefault((name, i), clean[:1].cpu())
 
-def score(rows, videos, prompts):
-    """What tracking says of every method's clips, for prompts of `sprites`, into rows; -> {method: judgements (N,)}."""
-    text = [words_of(p)[1:3] + words_of(p)[4:5] for p in prompts]  # "a red circle moving left"
-    found = {name: judge(video, text) for name, video in videos.items()}
-    for row in rows:
-        f = found[row["method"]]
-        steady, against = f["coherent"] == 1, lambda other: bootstrap(f["coherent"] - found[other]["coherent"])
-        row |= dict(coherent=f["coherent"].mean().item(), prompt_acc=f["prompt"].mean().item(),
-                    colour_acc=f["colour"].mean().item(), form_acc=f["form"].mean().item(),
-                    way_acc=f["way"].mean().item(), flicker=f["flicker"].nanmean().item(),
-                    dynamic_degree=f["speed"][steady].median().item() if steady.any() else None)
-        row["coherent_ci"] = against("base") if row["method"] != "base" and "base" in found else None
-        row["coherent_ci_random"] = against("random") if row["method"] != "random" and "random" in found else None
-    return found
-
 def premise(spread, coherent):
     """The paper's motivation: for every statistic and step of "base", its means over coherent and incoherent clips and
     its AUC for incoherent ones: {statistic: {"coherent": [...], "incoherent": [...], "auc": [...]}}."""
@@ -434,7 +376,7 @@ def pictures(cfg, out, rows, videos, told, found, log):
                                                              scale=max(1, 64 // cfg.size)))
     known = lambda ys: tuple(zip(*((k, y) for k, y in enumerate(ys) if y is not None))) or ((0,), (0.5,))
     panels = [dict(title="training loss", x="step", y="loss", log=True, lines={
-        "held in": ([r["step"] for r in log], [r["loss"] for r in log])})] if log else []
+        "training": ([r["step"] for r in log], [r["loss"] for r in log])})] if log else []
     if found:
         panels += [dict(title=f"variance of {kind}", x="sampling step", y="Eq. 8, mean over clips", lines={
             which: known(found[kind][which]) for which in ("coherent", "incoherent")})
@@ -446,8 +388,9 @@ def pictures(cfg, out, rows, videos, told, found, log):
 
 COLUMNS = {"method": ("method", ""), "coherent": ("coherent", ".3f"), "coherent_ci": ("- base, 95 %", ""),
            "coherent_ci_random": ("- random, 95 %", ""), "motion_smoothness": ("smooth", ".4f"),
-           "dynamic_degree": ("speed", ".3f"), "flicker": ("flicker", ".2f"), "prompt_acc": ("prompt", ".3f"),
-           "colour_acc": ("colour", ".3f"), "form_acc": ("form", ".3f"), "way_acc": ("way", ".3f"),
+           "subject_consistency": ("subject", ".4f"), "dynamic_degree": ("speed", ".3f"),
+           "flicker": ("flicker", ".2f"), "prompt_acc": ("prompt", ".3f"),
+           "colour": ("colour", ".3f"), "form": ("form", ".3f"), "way": ("way", ".3f"),
            "patch_variance": ("variance", ".3f"), "evaluations": ("evals", "d"), "cost_ratio": ("time", ".2f")}
 MUST_FIT = ("dataset", "size", "frames", "width", "layers", "clips", "seed")
 SAME_TRAINING = ("batch", "iters", "lr", "ema", "drop", "amp")
@@ -480,14 +423,11 @@ def main():
     check(cfg)
     device = common.pick_device(cfg.device)
     cfg.device = str(device)
-    train_clips, test_clips, source = common.load_clips(cfg.dataset, cfg.data_dir, cfg.size, (cfg.clips, 512),
-                                                        cfg.frames, cfg.seed, min_frames=cfg.frames)
-    captions, test_captions = (common.captions_of(c, cfg.dataset, s, cfg.size, cfg.frames, cfg.seed)
-                               for c, s in ((train_clips, "train"), (test_clips, "test")))
+    train_clips, test_clips, captions, test_captions, source = common.load_captioned(cfg)
     words = sorted({w for c in captions for w in words_of(c)})
     length = max(len(words_of(c)) for c in captions)
     out, lock = common.open_run("flowmo", cfg, source)
-    saved = common.load_stages(out / "ckpt.pt", "flowmo", cfg, MUST_FIT, SAME_TRAINING, "train", device)
+    saved = common.load_stages(out / "ckpt.pt", "flowmo", cfg, MUST_FIT, SAME_TRAINING, ("train", cfg.iters), device)
     if saved.setdefault("words", words) != words:
         raise Fault(f"{out / 'ckpt.pt'} was trained on other captions than those in --data_dir; use another --out_dir")
     moments = common.moments(train_clips)
@@ -506,14 +446,14 @@ def main():
     net = average.module.eval().requires_grad_(False)  # no weight needs a gradient
     deciles = by_decile(cfg, net, test_clips, encode(test_captions, words, length), moments, device)
     # prompts are held-out captions without their word of quality; the noise is the same for every method
-    prompts = [re.sub(", (steady|shaky)$", "", test_captions[k % len(test_captions)]) for k in range(cfg.prompts)]
+    prompts = [plain(test_captions[k % len(test_captions)]) for k in range(cfg.prompts)]
     noise = torch.randn(cfg.prompts, 3, cfg.frames, cfg.size, cfg.size, generator=dice(cfg.seed, 4, 0))
     rows, videos, spread, told = evaluate(cfg, net, prompts, words, noise, moments, device)
     real = torch.stack([test_clips.frames(k, 0, cfg.frames) for k in range(min(cfg.prompts, len(test_clips)))])
     found, reference = {}, [dict(method="real", motion_smoothness=smoothness(real).mean().item())]
     if source == "procedural":
-        judged = score(rows, videos, prompts)
-        score(reference, {"real": real}, test_captions[:len(real)])
+        judged = common.score(rows, videos, prompts, ("base", "random"))
+        common.score(reference, {"real": real}, test_captions[:len(real)])
         found = premise(spread, judged["base"]["coherent"] == 1) if "base" in judged else {}
     pictures(cfg, out, rows, videos | {"real": real}, told, found, saved["log"])
     dataset = dict(name=cfg.dataset, source=source, clips=[len(train_clips), len(test_clips)], size=cfg.size)

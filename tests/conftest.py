@@ -15,7 +15,7 @@ torch.set_num_threads(1)  # a plugin may have imported it before the line above
 
 @pytest.fixture
 def runner(monkeypatch, tmp_path, capsys):
-    """runner(script, flags) -> run(*more flags) -> (exit status, stdout, stderr), in this process and an empty folder."""
+    """runner(script, flags) -> run(*more) -> (exit status, stdout, stderr), in this process and an empty folder."""
     monkeypatch.chdir(tmp_path)
     locks, open_run = [], common.open_run
 

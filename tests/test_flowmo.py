@@ -227,7 +227,7 @@ def drawn(n=200, size=16, split="test"):
 def test_captions_tell_what_is_to_be_seen_and_the_word_of_quality_is_true():
     clips, _ = drawn()
     for c in clips:
-        words = flowmo.words_of(c["caption"])
+        words = common.words_of(c["caption"])
         assert words[0] == "a" and words[3] == "moving" and len(words) in (5, 6)
         assert words[1] in COLOURS and words[2] in FORMS and words[4] in WAYS
         assert len(words) == 5 or words[5] == ("shaky" if c["flaw"] else "steady")
@@ -240,12 +240,12 @@ def test_tracking_finds_what_was_drawn(size):
     clips, video = drawn(size=size)
     steady = torch.tensor([c["flaw"] == "" for c in clips])
     assert torch.equal(common.coherent(common.track(video)), steady)
-    text = [flowmo.words_of(c["caption"]) for c in clips]
-    found = flowmo.judge(video, [(w[1], w[2], w[4]) for w in text])
+    text = [common.words_of(c["caption"]) for c in clips]
+    found = common.judge(video, [(w[1], w[2], w[4]) for w in text])
     assert found["colour"].all() and found["form"].all() and found["way"][steady].all()
     assert found["flicker"].nanmean() < 1
     mirror = {"left": "right", "right": "left", "up": "down", "down": "up"}
-    assert not flowmo.judge(video, [(w[1], w[2], mirror[w[4]]) for w in text])["way"][steady].any()
+    assert not common.judge(video, [(w[1], w[2], mirror[w[4]]) for w in text])["way"][steady].any()
 
 
 def test_tracking_is_exact_to_a_quarter_of_a_pixel():
@@ -257,15 +257,15 @@ def test_tracking_is_exact_to_a_quarter_of_a_pixel():
 
 
 def test_words_are_encoded_by_place_and_unknown_ones_are_nothing():
-    assert flowmo.encode(["A red, circle", "blue"], ["a", "circle", "red"], 4).tolist() == [[1, 3, 2, 0], [0, 0, 0, 0]]
+    assert common.encode(["A red, circle", "blue"], ["a", "circle", "red"], 4).tolist() == [[1, 3, 2, 0], [0, 0, 0, 0]]
 
 
 def test_bootstrap_and_auc():
-    assert flowmo.bootstrap(torch.ones(50)) == [1, 1]
-    low, high = flowmo.bootstrap(randn(400).numpy() + 0.1)
+    assert common.bootstrap(torch.ones(50)) == [1, 1]
+    low, high = common.bootstrap(randn(400).numpy() + 0.1)
     assert low < 0.1 < high and high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
     value, positive = torch.tensor([1.0, 2, 3, 4]), torch.tensor([False, True, False, True])
-    assert flowmo.auc(value, positive) == pytest.approx(3 / 4) and math.isnan(flowmo.auc(value, value > 9))
+    assert common.auc(value, positive) == pytest.approx(3 / 4) and math.isnan(common.auc(value, value > 9))
 
 
 # ---------------------------------------------------------------------------------------------- end to end

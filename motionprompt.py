@@ -1,0 +1,600 @@
+"""MotionPrompt (Nam, Kim, Lee and Ye, CVPR 2025), https://arxiv.org/abs/2411.15540
+
+A prompt acts on all frames at once. MotionPrompt appends a few tokens to it and moves their embeddings while sampling,
+so that the optical flow between frames of the clean estimate looks like real video's to a discriminator. No weight
+changes, and neither does the prompt itself. Its steps (the paper's equation numbers are unknown to us):
+
+    append     T = (embeddings of n tokens), T0 = those of words of quality; c(T) = text encoder of (prompt, T)
+    Tweedie    x_{0|t} = D(x; sigma, c(T))                                      the clean estimate
+    flow       f = RAFT(decode(x_{0|t})_i, decode(x_{0|t})_j)                   of random pairs of frames, two decoded
+    loss       l = lambda1 log(1 - phi(f)) + lambda2 TV(f) + lambda3 || T - T0 ||^2        phi: chance of being real
+    optimise   T <- Adam(dl / dT), K times; then a step of the sampler with c(T)
+    half-way   the second half of the steps has the plain prompt, which keeps the appearance
+
+    python motionprompt.py                            # two CPU cores: minutes to train, then the comparison
+    python motionprompt.py --eval_only --K 5 --lr 0.1 # other settings, the same models
+    python motionprompt.py --eval_only --methods all  # all controls and ablations
+
+trains a text-to-video EDM model on captioned clips, a tiny RAFT, and the discriminator on flows of steady clips against
+flows of what the model generates; samples the same prompts and noise with and without MotionPrompt, and writes
+out/motionprompt-sprites-procedural/.
+"""
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.utils import flow_to_image
+from tqdm import tqdm
+
+import common
+from common import Fault, averaged, dice, edm_denoise, edm_weight, encode, karras_sigmas, like, normalise, opt, plain
+from common import to_float, to_uint8, words_of
+
+@dataclass
+class Config:
+    dataset: str = opt("sprites", "sprites, or a folder of your captioned clips in --data_dir")
+    data_dir: str = opt("", "real clips: DATA_DIR/DATASET/{train,test}/; empty: data, else a procedural world")
+    preset: str = opt("auto", "tiny (two CPU cores), small (one GPU), paper (16 frames, larger); auto: by device")
+    iters: int = opt(3000, "training steps of the text-to-video model", 0, 10**8)
+    raft_iters: int = opt(1200, "steps of the tiny RAFT", 0, 10**8)
+    disc_iters: int = opt(600, "steps of the discriminator", 0, 10**8)
+    batch: int = opt(16, "clips in a batch", 1, 65536)
+    size: int = opt(16, "height and width of a frame, pixels; a multiple of 4", 8, 1024)
+    frames: int = opt(8, "frames of a clip", 4, 256)
+    seed: int = opt(0, "of weights, data order, noise and prompts", 0, 2**31)
+    device: str = opt("auto", "auto, cpu, cuda, mps")
+    out_dir: str = opt("", "folder to write; empty: out/motionprompt-DATASET[-procedural]")
+    resume: bool = opt(False, "continue the run in the output folder, bit for bit on CPU")
+    eval_only: bool = opt(False, "skip training, sample with the models in the output folder")
+    compile: bool = opt(False, "torch.compile the video network")
+    amp: bool = opt(False, "bfloat16 autocast inside the video network")
+    methods: str = opt("base,words,motionprompt,random,latent", "what to sample with, of METHODS; or all")
+    tokens: str = opt("steady,steady", "words whose embeddings the appended tokens start from; n of them")
+    K: int = opt(4, "optimisation steps at every guided step of the sampler", 0, 10**4)
+    lr: float = opt(0.1, "of Adam, for the tokens", 0, 100)
+    lambda1: float = opt(1.0, "weight of the discriminator's log(1 - phi)", 0, 10**6)
+    lambda2: float = opt(0.1, "weight of the flow's total variation, per pixel of flow", 0, 10**6)
+    lambda3: float = opt(0.01, "weight of the distance of the tokens from where they started", 0, 10**6)
+    pairs: int = opt(2, "random pairs of frames at every optimisation step", 1, 256)
+    gap: int = opt(3, "frames between the two of a pair, at most", 1, 255)
+    keep: bool = opt(False, "carry the tokens from one step of the sampler to the next, instead of starting afresh")
+    inner_rho: float = opt(0.0, "guidance by the prompt inside the optimisation; 0: conditional only", 0, 100)
+    latent_eta: float = opt(0.05, "size of a step on the latent, a share of sigma, for the method `latent`", 0, 100)
+    steps: int = opt(16, "steps of the Euler sampler", 2, 10000)
+    rho: float = opt(1.0, "guidance by the prompt, D_P + rho (D_P - D_0)", 0, 100)
+    width: int = opt(128, "channels of the transformer; the convolutions around it have a third", 32, 4096)
+    layers: int = opt(3, "layers of the transformer", 1, 100)
+    train_lr: float = opt(1.5e-3, "AdamW's learning rate for the models; the last 40 % decay to 0", 0, 1)
+    ema: float = opt(0.995, "decay of the weight average that is sampled from; 0: the last weights", 0, 0.999999)
+    drop: float = opt(0.1, "share of captions left out while training, for D_0", 0, 1)
+    clips: int = opt(8000, "training clips of a procedural world", 2, 10**6)
+    fakes: int = opt(256, "clips to generate for the discriminator", 4, 10**6)
+    prompts: int = opt(128, "prompts to sample", 2, 10**5)
+
+PRESETS = {
+    "tiny": {},
+    "small": dict(iters=20000, raft_iters=4000, disc_iters=3000, batch=64, size=32, frames=16, width=384, layers=8,
+                  train_lr=5e-4, ema=0.999, clips=40000, fakes=2000, prompts=256, steps=30, gap=6, amp=True),
+    "paper": dict(iters=100000, raft_iters=20000, disc_iters=20000, batch=64, size=64, frames=16, width=768, layers=12,
+                  train_lr=2e-4, ema=0.9995, clips=100000, fakes=5000, prompts=800, steps=50, gap=15, amp=True),
+}
+FREE = 3  # places for tokens behind the longest prompt
+P_MEAN, P_STD = 0.0, 1.6  # of ln sigma while training: wide, as motion is decided at high noise
+
+# Notation. B, C, T, H, W: batch, channels, frames, height, width. x: noisy video at noise level sigma (B,), data of
+# variance 1; D: the clean estimate. Prompt (B, L, d), tokens (B, n, d): embeddings of words. Flow (N, 2, H, W), pixels.
+
+# ----------------------------------------------------------------------------------------------- THE METHOD
+def total_variation(flow):
+    """TV of flow (N, 2, H, W), pixels: mean over pixels of its differences to the right and downwards, (N,).
+
+    Paper silent: we use absolute differences, each axis for itself, as the usual TV of images.
+    """
+    right, down = flow.diff(dim=3).abs().flatten(1), flow.diff(dim=2).abs().flatten(1)
+    return right.mean(1) + down.mean(1)
+
+def motion_loss(logit, flow, tokens, start, weights):
+    """l = lambda1 log(1 - phi(f)) + lambda2 TV(f) + lambda3 || T - T0 ||^2 of every video, (B,).
+
+    logit (B K,), flow (B K, 2, H, W): K pairs of frames each, phi = sigmoid(logit); tokens, start (B, n, d).
+    """
+    B = len(tokens)
+    fooled = F.logsigmoid(-logit).view(B, -1).mean(1)  # log(1 - phi), stable where phi is near 1
+    away = (tokens - start).square().flatten(1).sum(1)
+    return weights[0] * fooled + weights[1] * total_variation(flow).view(B, -1).mean(1) + weights[2] * away
+
+def random_pairs(batch, frames, count, gap, g):
+    """Pairs i < j of frames at most `gap` apart, uniform over all there are: (B, K) twice."""
+    i, j = torch.triu_indices(frames, frames, 1)
+    near = j - i <= gap
+    pick = torch.randint(int(near.sum()), (batch, count), generator=g)
+    return i[near][pick], j[near][pick]
+
+def flow_of_pairs(D, i, j, decode, estimate):
+    """Flow from frame i to frame j of clean estimates D (B, C, T, H, W), i, j (B, K): (B K, 2, H, W).
+
+    decode((B K, C, 2, H, W)) -> video in [-1, 1]: the two frames of every pair and no more.
+    """
+    rows = torch.arange(len(D), device=D.device)[:, None]
+    two = torch.stack([D.transpose(1, 2)[rows, k.to(D.device)] for k in (i, j)], 3).flatten(0, 1)  # (B K, C, 2, H, W)
+    return estimate(*decode(two).unbind(2))
+
+def euler(denoise, x, sigmas, text_at):
+    """Euler's steps from x at sigmas[0] to sigmas[-1]; text_at(step, x, sigma (B,)) -> c for denoise(x, sigma, c)."""
+    for step, (now, then) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist())):
+        sigma = x.new_full((len(x),), now)
+        c = text_at(step, x, sigma)
+        with torch.no_grad():
+            x = x + (then - now) * ((x - denoise(x, sigma, c)) / now)  # EDM Eq. 3
+    return x
+
+def motionprompt(denoise, encode, prompt, start, x, sigmas, decode, estimate, discriminate, guided, K, lr, weights,
+                 pairs, keep=False, inner=None, watch=None):
+    """Euler sampling with tokens optimised in the steps `guided`, and the plain prompt in the others: x at sigmas[-1].
+
+    denoise(x, sigma (B,), c) -> D; encode(prompt (B, L, d), tokens (B, n, d) or None) -> c; start: T0; x at sigmas[0],
+    (B, C, T, H, W); decode, estimate as in flow_of_pairs; discriminate(flow) -> logit of being real (N,); pairs(B) ->
+    i, j (B, K). keep: tokens go on from step to step. inner: the denoiser inside the optimisation, if another one.
+    watch(step, tokens) sees the tokens. Gradients reach the tokens alone if no weight requires one.
+    """
+    T = start
+    def text_at(step, x, sigma):
+        nonlocal T
+        if step not in guided or not K:
+            return encode(prompt, None)
+        T = (T if keep else start).detach().clone().requires_grad_()
+        adam = torch.optim.Adam([T], lr)  # afresh at every step, as in the lab's earlier code; paper silent
+        for _ in range(K):
+            with torch.enable_grad():
+                D = (inner or denoise)(x, sigma, encode(prompt, T))  # Tweedie
+                flow = flow_of_pairs(D, *pairs(len(x)), decode, estimate)
+                loss = motion_loss(discriminate(flow), flow, T, start, weights)
+                T.grad, = torch.autograd.grad(loss.sum(), T)
+            adam.step()
+        T = T.detach()
+        if watch: watch(step, T)
+        return encode(prompt, T)
+    return euler(denoise, x, sigmas, text_at)
+
+def latent_guidance(denoise, c, x, sigmas, decode, estimate, discriminate, guided, K, eta, weights, pairs):
+    """What the paper argues against: the same loss, but steps on the latent x itself, K times of size eta sigma.
+
+    As in motionprompt; a step has the root mean square eta sigma in every video. The gradient goes through all frames.
+    """
+    for step, (now, then) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist())):
+        sigma, none = x.new_full((len(x),), now), x.new_zeros(len(x), 1, 1)  # no tokens
+        for _ in range(K if step in guided else 0):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                flow = flow_of_pairs(denoise(x, sigma, c), *pairs(len(x)), decode, estimate)
+                g, = torch.autograd.grad(motion_loss(discriminate(flow), flow, none, none, weights).sum(), x)
+            rms = g.flatten(1).square().mean(1).sqrt().clamp(min=1e-12)
+            x = x.detach() - eta * now * g / like(rms, g)
+        x = euler(denoise, x, sigmas[step:step + 2], lambda *_: c)
+    return x
+
+def prompted(denoise, null, rho):
+    """D_P + rho (D_P - D_0), both in one batch: denoise(x, sigma, c) with c (B, L, d); null (1, L, d): no prompt."""
+    def guided(x, sigma, c):
+        if not rho:
+            return denoise(x, sigma, c)
+        D_P, D_0 = denoise(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([c, null.expand_as(c)])).chunk(2)
+        return D_P + rho * (D_P - D_0)
+    return guided
+
+# ----------------------------------------------------------------------------------------------- tiny RAFT
+def warp(x, flow):
+    """x (N, C, H, W) read off at p + flow(p), bilinear; outside, the nearest border pixel."""
+    H, W = x.shape[-2:]
+    v, u = torch.meshgrid(torch.arange(H, device=x.device), torch.arange(W, device=x.device), indexing="ij")
+    grid = torch.stack([(u + flow[:, 0]) * 2 / (W - 1) - 1, (v + flow[:, 1]) * 2 / (H - 1) - 1], -1)  # (N, H, W, 2)
+    return F.grid_sample(x, grid, align_corners=True, padding_mode="border")
+
+def correlation(a, b):
+    """All pairs: features (N, C, H, W) twice -> (N H W, 1, H, W), scaled by 1 / sqrt(C)."""
+    N, C, H, W = a.shape
+    return (a.flatten(2).transpose(1, 2) @ b.flatten(2) / C**0.5).reshape(N * H * W, 1, H, W)
+
+def look_up(pyramid, at, radius=3):
+    """Correlations around `at` (N, 2, H, W), pixels of level 0, of every level: (N, levels (2 radius + 1)^2, H, W)."""
+    N, _, H, W = at.shape
+    step = torch.arange(-radius, radius + 1, device=at.device, dtype=at.dtype)
+    window = torch.stack(torch.meshgrid(step, step, indexing="xy"), -1)  # (2r+1, 2r+1, 2), x then y
+    found = []
+    for level, corr in enumerate(pyramid):
+        h, w = corr.shape[-2:]
+        p = ((at + 0.5) / 2**level - 0.5).permute(0, 2, 3, 1).reshape(-1, 1, 1, 2) + window
+        grid = torch.stack([(2 * p[..., 0] + 1) / w - 1, (2 * p[..., 1] + 1) / h - 1], -1)
+        found.append(F.grid_sample(corr, grid, align_corners=False).view(N, H, W, -1))  # outside: 0
+    return torch.cat(found, -1).permute(0, 3, 1, 2)
+
+def upsample(flow, mask):
+    """Convex upsampling by 2: every fine flow is a mean of the 3x3 coarse ones, weights softmax(mask (N, 36, H, W))."""
+    N, _, H, W = flow.shape
+    weight = mask.view(N, 1, 9, 2, 2, H, W).softmax(2)
+    near = F.unfold(F.pad(2 * flow, (1, 1, 1, 1), mode="replicate"), 3).view(N, 2, 9, 1, 1, H, W)
+    return (weight * near).sum(2).permute(0, 1, 4, 2, 5, 3).reshape(N, 2, 2 * H, 2 * W)
+
+class Encoder(nn.Module):
+    """Image (N, 3, H, W) -> features (N, cout, H/2, W/2)."""
+    def __init__(self, cout, normal):
+        super().__init__()
+        layer = lambda a, b, k=3, s=1: nn.Sequential(nn.Conv2d(a, b, k, s, k // 2), normal(b), nn.ReLU())
+        self.one, self.two, self.three = layer(3, 16), layer(16, 32, 3, 2), layer(32, 32)
+        self.out = nn.Conv2d(32, cout, 1)
+    def forward(self, x):
+        x = self.two(self.one(x))
+        return self.out(x + self.three(x))
+
+class TinyRAFT(nn.Module):
+    """RAFT (Teed and Deng, ECCV 2020), small: 24 px and up, stride 2, two levels, radius 3, a ConvGRU.
+
+    image1, image2 (N, 3, H, W) in [-1, 1], H and W even -> flow (N, 2, H, W) in pixels; every=True: of every update.
+    Images above 48 px are made smaller by powers of two first, and their flow larger after.
+    detach: RAFT cuts the gradient through the lookup's coordinates between updates. That trains well, but what autograd
+    then returns is not the gradient of the output (the test compares finite differences): a loss on the flow, which
+    needs the gradient to the images, must not cut it.
+    """
+    def __init__(self, hidden=32, context=24):
+        super().__init__()
+        self.hidden = hidden
+        self.features, self.context = Encoder(32, nn.InstanceNorm2d), Encoder(hidden + context, lambda c: nn.Identity())
+        self.motion = nn.Sequential(nn.Conv2d(98 + 2, 48, 1), nn.ReLU(), nn.Conv2d(48, 40, 3, padding=1), nn.ReLU())
+        self.gates = nn.Conv2d(hidden + context + 40 + 2, 2 * hidden, 3, padding=1)
+        self.candidate = nn.Conv2d(hidden + context + 40 + 2, hidden, 3, padding=1)
+        self.head = nn.Sequential(nn.Conv2d(hidden, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 2, 3, padding=1))
+        self.mask = nn.Conv2d(hidden, 36, 1)
+    def forward(self, image1, image2, updates=4, detach=False, every=False):
+        size, k = image1.shape[-2:], 2 ** max(0, math.ceil(math.log2(max(image1.shape[-2:]) / 48)))
+        image1, image2 = (F.avg_pool2d(x, k) if k > 1 else x for x in (image1, image2))  # all pairs: a cost of size^4
+        a, b = F.instance_norm(self.features(torch.cat([image1, image2]))).chunk(2)  # else correlations start near 0
+        pyramid = [correlation(a, b)]
+        pyramid.append(F.avg_pool2d(pyramid[0], 2, ceil_mode=True))
+        net, inp = self.context(image1).split([self.hidden, self.context.out.out_channels - self.hidden], 1)
+        net, inp = net.tanh(), inp.relu()  # hidden state, context
+        H, W = a.shape[-2:]
+        v, u = torch.meshgrid(torch.arange(H, device=a.device), torch.arange(W, device=a.device), indexing="ij")
+        start = torch.stack([u, v]).to(a.dtype).expand(len(a), -1, -1, -1)
+        flow, flows = torch.zeros_like(start), []
+        for step in range(updates):
+            flow = flow.detach() if detach else flow
+            x = torch.cat([inp, self.motion(torch.cat([look_up(pyramid, start + flow), flow], 1)), flow], 1)
+            z, r = self.gates(torch.cat([net, x], 1)).sigmoid().chunk(2, 1)
+            net = (1 - z) * net + z * self.candidate(torch.cat([r * net, x], 1)).tanh()
+            flow = flow + self.head(net)
+            if every or step == updates - 1:
+                fine = upsample(flow, self.mask(net))
+                flows.append(k * F.interpolate(fine, size, mode="bilinear") if k > 1 else fine)
+        return flows if every else flows[-1]
+
+# ----------------------------------------------------------------------------------------------- networks
+layer_of = lambda d, wide: nn.TransformerEncoderLayer(d, d // 32, wide * d, 0.0, batch_first=True, norm_first=True)
+conv = partial(nn.Conv3d, kernel_size=(1, 3, 3), padding=(0, 1, 1))  # over space, frame by frame
+
+class Convolutions(nn.Module):
+    """Residual block over space, scaled and shifted by the embedding of sigma and text."""
+    def __init__(self, cin, cout, emb):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(math.gcd(8, cin), cin), conv(cin, cout)
+        self.norm2, self.conv2 = nn.GroupNorm(math.gcd(8, cout), cout), conv(cout, cout)
+        self.emb, self.skip = nn.Linear(emb, 2 * cout), nn.Conv3d(cin, cout, 1)
+    def forward(self, x, emb):  # (B, C, T, H, W)
+        scale, shift = self.emb(emb)[..., None, None, None].chunk(2, 1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+
+class TextEncoder(nn.Module):
+    """Words (B, L) -> embeddings; embeddings, and tokens in place of the last ones -> c (B, L, d), by a transformer."""
+    def __init__(self, vocabulary, length, d):
+        super().__init__()
+        self.words, self.order = nn.Embedding(vocabulary, d), nn.Parameter(torch.randn(length, d))
+        self.layer = layer_of(d, 2)
+    def forward(self, prompt, tokens=None):
+        """prompt (B, L, d) = self.words(...); tokens (B, n, d) are appended: they take the last, free places."""
+        if tokens is not None:
+            prompt = torch.cat([prompt[:, :prompt.shape[1] - tokens.shape[1]], tokens], 1)
+        return self.layer(prompt + self.order)
+
+class VideoNet(nn.Module):
+    """F(x (B, 3, T, H, W), c_noise (B,), c (B, L, d)) -> like x: convolutions at half size, a transformer at a quarter,
+    over the places of all frames together with the words. 'left' means another place in every frame: the embedding of
+    place and frame is multiplied by the text, else that is hardly learned."""
+    def __init__(self, length, size, frames, d, layers, amp=False):
+        super().__init__()
+        ch, self.d, self.length, self.amp = max(8, d // 24 * 8), d, length, amp
+        self.place, self.gain = nn.Parameter(torch.randn(frames, (size // 4) ** 2, d)), nn.Linear(d, d)
+        self.clock = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
+        self.sentence = nn.Sequential(nn.Linear(length * d, d), nn.SiLU(), nn.Linear(d, d))
+        self.inp, self.one = conv(12, ch), Convolutions(ch, ch, d)
+        self.down, self.up = nn.Conv3d(ch, d, (1, 2, 2), (1, 2, 2)), nn.ConvTranspose3d(d, ch, (1, 2, 2), (1, 2, 2))
+        self.blocks, self.two = nn.ModuleList(layer_of(d, 4) for _ in range(layers)), Convolutions(2 * ch, ch, d)
+        self.out = nn.Sequential(nn.GroupNorm(math.gcd(8, ch), ch), nn.SiLU(), conv(ch, 12))
+        nn.init.zeros_(self.out[-1].weight)
+        nn.init.zeros_(self.out[-1].bias)
+    def forward(self, x, c_noise, c):
+        fold = lambda f, v: f(v.transpose(1, 2), 2).transpose(1, 2)  # over space, frame by frame
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+            w = torch.exp(torch.linspace(0, math.log(200), self.d // 2, device=x.device)) * c_noise[:, None]
+            said = self.sentence(c.flatten(1))
+            emb = F.silu(self.clock(torch.cat([w.sin(), w.cos()], 1)) + said)  # (B, d)
+            fine = self.one(self.inp(fold(F.pixel_unshuffle, x)), emb)  # (B, ch, T, H/2, W/2)
+            coarse = self.down(fine)  # (B, d, T, H/4, W/4)
+            h = coarse.flatten(3).permute(0, 2, 3, 1) + self.place * self.gain(F.silu(said))[:, None, None]
+            h = torch.cat([c, h.flatten(1, 2)], 1)  # (B, L + T H W / 16, d)
+            for block in self.blocks:
+                h = block(h + emb[:, None])
+            h = self.up(h[:, self.length:].transpose(1, 2).reshape(coarse.shape))  # (B, ch, T, H/2, W/2)
+            return fold(F.pixel_shuffle, self.out(self.two(torch.cat([h, fine], 1), emb))).float()
+
+class Discriminator(nn.Module):
+    """Flow (N, 2, H, W) in pixels -> logit of being real (N,): a small ViT, not pretrained, and a 3-layer MLP."""
+    def __init__(self, size, d=64, patch=4):
+        super().__init__()
+        self.size, self.inp = size, nn.Conv2d(2, d, patch, patch)
+        self.place = nn.Parameter(0.02 * torch.randn((size // patch) ** 2, d))
+        self.vit = nn.Sequential(layer_of(d, 2), layer_of(d, 2))
+        self.head = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.Linear(d, d), nn.GELU(), nn.Linear(d, 1))
+    def forward(self, flow):
+        h = self.inp(flow * (10 / self.size)).flatten(2).transpose(1, 2)  # in tenths of the frame; (N, patches, d)
+        return self.head(self.vit(h + self.place).mean(1)).squeeze(1)
+
+# ----------------------------------------------------------------------------------------------- train
+def descend(loss, net, optimiser, lr, k, until):
+    optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    optimiser.param_groups[0]["lr"] = lr * min(1, k / 100, 0.01 + (until - k) / (0.4 * until))
+    optimiser.step()
+
+def estimator(raft, size, updates=2):
+    """estimate(image1, image2) -> flow, of images smaller than the tiny RAFT takes too; the gradient is not cut."""
+    k = math.ceil(24 / size)
+    enlarge = lambda v: F.interpolate(v, scale_factor=k, mode="bilinear") if k > 1 else v
+    return lambda a, b: F.avg_pool2d(raft(enlarge(a), enlarge(b), updates), k) / k
+
+def train_raft(cfg, stage, device):
+    """Tiny RAFT on pairs with exact flow from the worlds `sprites` (steady clips) and `shapes`, some with noise."""
+    torch.manual_seed(cfg.seed + 1)
+    raft = TinyRAFT().to(device)
+    optimiser, grow = torch.optim.AdamW(raft.parameters(), 2e-3), math.ceil(24 / cfg.size)
+    def pair(k, b):
+        rng = np.random.default_rng([cfg.seed, 5, k, b])
+        gap = int(rng.integers(1, cfg.gap + 1))
+        clip = common.shapes(rng, cfg.size, 2, flow=True, speed=0.5 * gap) if rng.uniform() < 0.4 else \
+            common.sprites(rng, cfg.size, max(4, (cfg.frames - 1) // gap + 1), flow=True, steady=1.0)
+        t = rng.integers(len(clip["flow"]))
+        return clip["video"][t], clip["video"][t + 1], clip["flow"][t]
+    def step(k):
+        a, b, true = (torch.stack(x).to(device) for x in zip(*(pair(k, n) for n in range(16))))
+        g = dice(cfg.seed, 5, k)
+        noise = 0.2 * torch.rand(1, generator=g) * (torch.rand(1, generator=g) < 0.5)
+        a, b = (to_float(x) + (noise * torch.randn(x.shape, generator=g)).to(device) for x in (a, b))
+        a, b = (F.interpolate(x, scale_factor=grow, mode="bilinear") if grow > 1 else x for x in (a, b))
+        true = grow * F.interpolate(true, scale_factor=grow)
+        weight = 1 + 4 * (true.square().sum(1) > 0.01)  # (N, H, W)
+        flows = raft(a, b, updates=4, detach=True, every=True)
+        loss = sum(0.8 ** (3 - n) * (weight * (f - true).abs().sum(1)).mean() for n, f in enumerate(flows))
+        descend(loss, raft, optimiser, 2e-3, k, cfg.raft_iters)
+        return dict(raft=loss)
+
+    stage("raft", cfg.raft_iters, dict(raft=raft, optimiser=optimiser), step)
+    return raft.eval().requires_grad_(False)
+
+def train_video(cfg, stage, net, average, clips, text, moments, device):
+    """The text encoder and the text-to-video denoiser, on `clips` with captions `text` (N, L)."""
+    optimiser = torch.optim.AdamW(net.parameters(), cfg.train_lr, betas=(0.9, 0.98))
+    batches = common.Batches(clips, cfg.batch, cfg.frames, cfg.seed)
+    def step(k):
+        g = dice(cfg.seed, 1, k)
+        y = normalise(batches[k], moments).to(device)
+        sigma = (P_MEAN + P_STD * torch.randn(cfg.batch, generator=g)).exp().to(device)
+        n, keep = torch.randn(y.shape, generator=g).to(device), torch.rand(cfg.batch, 1, generator=g) >= cfg.drop
+        words = spread(text[batches.where(k)[0]], g) * keep
+        D = denoiser(net)(y + like(sigma, y) * n, sigma, net["text"](net["text"].words(words.to(device))))
+        loss = (edm_weight(sigma) * (D - y).square().flatten(1).mean(1)).mean()
+        descend(loss, net, optimiser, cfg.train_lr, k, cfg.iters)
+        average.update_parameters(net)
+        return dict(video=loss)
+
+    stage("video", cfg.iters, dict(net=net, average=average, optimiser=optimiser), step)
+
+def spread(text, g):
+    """The last word of the longest captions, in `sprites` the word of quality, moves to a random one of the FREE last
+    places, so that tokens there mean something: (B, L) -> (B, L)."""
+    place = text.shape[1] - FREE + torch.randint(FREE, (len(text), 1), generator=g)
+    return text.clone().index_fill_(1, torch.arange(text.shape[1] - FREE, text.shape[1]), 0).scatter(
+        1, place, text[:, -FREE:-FREE + 1])
+
+def denoiser(net):
+    """denoise(x, sigma, c) -> D(x; sigma, c) of the trained network."""
+    return lambda x, sigma, c: edm_denoise(lambda z, c_noise: net["video"](z, c_noise, c), x, sigma)
+
+def train_discriminator(cfg, stage, real, fake, estimate, device):
+    """The discriminator on flows of real (N, T, 3, H, W) against generated clips: the usual GAN loss, nothing to train
+    against. The flow of both comes from the same estimator and the same law of pairs."""
+    torch.manual_seed(cfg.seed + 2)
+    net = Discriminator(cfg.size).to(device)
+    optimiser = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05)
+    def step(k):
+        g = dice(cfg.seed, 6, k)
+        logits = []
+        for clips in (real, fake):
+            video = to_float(clips[torch.randint(len(clips), (32,), generator=g)]).transpose(1, 2).to(device)
+            with torch.no_grad():
+                flow = flow_of_pairs(video, *random_pairs(32, cfg.frames, 1, cfg.gap, g), lambda v: v, estimate)
+            logits.append(net(flow))
+        loss = -(F.logsigmoid(logits[0]).mean() + F.logsigmoid(-logits[1]).mean()) / 2
+        descend(loss, net, optimiser, 1e-3, k, cfg.disc_iters)
+        return dict(disc=loss)
+
+    stage("disc", cfg.disc_iters, dict(disc=net, optimiser=optimiser), step)
+    return net.eval().requires_grad_(False)
+
+@torch.no_grad()
+def scores(cfg, disc, clips, estimate, device, rounds=4):
+    """phi of every clip, over a few pairs each, (N, rounds). clips uint8 (N, T, 3, H, W)."""
+    video, g = to_float(clips).transpose(1, 2).to(device), dice(cfg.seed, 7, 0)
+    flow = flow_of_pairs(video, *random_pairs(len(video), cfg.frames, rounds, cfg.gap, g), lambda v: v, estimate)
+    return disc(flow).sigmoid().view(len(video), rounds).cpu()
+
+# ----------------------------------------------------------------------------------------------- evaluate
+METHODS = ("base", "words", "motionprompt", "random", "tv_only", "disc_only", "no_penalty", "latent")
+
+def evaluate(cfg, net, estimate, disc, prompts, vocabulary, noise, sigmas, moments, device):
+    """Sample the same prompts and noise with every method: rows, videos."""
+    text, denoise = net["text"], denoiser(net)
+    decode, guided = lambda v: v * moments[1] + moments[0], range(cfg.steps // 2)
+    rows, videos, moved, null = [], {}, {}, text(text.words(torch.zeros(1, net["video"].length).long().to(device)))
+    sampler, length = prompted(denoise, null, cfg.rho), net["video"].length
+    inner = prompted(denoise, null, cfg.inner_rho)
+    said = text.words(encode(prompts, vocabulary, length).to(device))  # (N, L, d)
+    names = cfg.tokens.split(",")
+    first = text.words(torch.tensor([[vocabulary.index(w) + 1 for w in names]]).to(device))  # (1, n, d)
+    weights = (cfg.lambda1, cfg.lambda2, cfg.lambda3)
+    kinds = {"motionprompt": weights, "tv_only": (0, *weights[1:]), "disc_only": (weights[0], 0, weights[2]),
+             "no_penalty": (*weights[:2], 0)}
+    for name in cfg.methods.split(","):
+        g, parts, began = dice(cfg.seed, 8, 0), [], time.perf_counter()
+        if device.type == "cuda": torch.cuda.reset_peak_memory_stats()
+        pairs = lambda n: random_pairs(n, cfg.frames, cfg.pairs, cfg.gap, g)
+        for a in tqdm(range(0, len(noise), 32), f"sampling {name}", leave=False):
+            x, prompt = sigmas[0] * noise[a:a + 32].to(device), said[a:a + 32]
+            start, tools = first.expand(len(x), -1, -1), (decode, estimate, disc, guided, cfg.K)
+            def control(step, x, sigma):  # the words as they are, or moved at random as far as MotionPrompt moved them
+                if step not in guided or name == "base":
+                    return text(prompt)
+                away = torch.randn(start.shape, generator=g).to(start) * (name == "random")
+                far = moved[a, step] / away.flatten(1).norm(dim=1) if name == "random" else start.new_zeros(len(x))
+                return text(prompt, start + like(far, away) * away)
+            watch = lambda step, T: moved.setdefault((a, step), (T - start).flatten(1).norm(dim=1))
+            if name in kinds:
+                x = motionprompt(sampler, text, prompt, start, x, sigmas, *tools, cfg.lr, kinds[name], pairs, cfg.keep,
+                                 inner, watch if name == "motionprompt" else None)
+            elif name == "latent":
+                x = latent_guidance(sampler, text(prompt), x, sigmas, *tools, cfg.latent_eta, weights, pairs)
+            else:
+                x = euler(sampler, x, sigmas, control)
+            parts.append(x.cpu())
+        z = torch.cat(parts)
+        videos[name] = to_uint8(decode(z)).transpose(1, 2)
+        inner_steps = cfg.K * len(guided) * (name in kinds or name == "latent")
+        rows.append(dict(method=name, n=len(names), K=cfg.K, lr=cfg.lr, seed=cfg.seed,
+                         s_per_video=(time.perf_counter() - began) / len(noise),
+                         peak_mb=torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else None,
+                         evaluations=cfg.steps + 2 * inner_steps,
+                         motion_smoothness=common.smoothness(videos[name]).mean().item(),
+                         disc_score=scores(cfg, disc, videos[name], estimate, device).mean().item()))
+    for row in rows:
+        row["cost_ratio"] = row["s_per_video"] / rows[0]["s_per_video"]
+    return rows, videos
+
+def pictures(cfg, out, videos, estimate, log, device):
+    """samples.gif, sheet.png (with the flow of MotionPrompt and base, colour wheels) and curves.png (losses)."""
+    pages = [common.sheet([(k, v[:8, a]) for k, v in videos.items()], [f"frame {a}"], scale=max(1, 64 // cfg.size))
+             for a in range(cfg.frames)]
+    common.save_gif(out / "samples.gif", pages, ms=150)
+    wheel = lambda v: flow_to_image(estimate(to_float(v[:-1]).to(device), to_float(v[1:]).to(device)).cpu())
+    lines = [line for n in range(min(4, cfg.prompts)) for k in ("base", "motionprompt") if k in videos for line in (
+        (f"{k}\nprompt {n}", videos[k][n, :-1]), ("  its flow", wheel(videos[k][n])))] or [("real", videos["real"][0])]
+    page = common.sheet(lines, [f"frame {a}" for a in range(cfg.frames - 1)], scale=max(1, 64 // cfg.size))
+    common.save_page(out / "sheet.png", page)
+    series = {k: [(r["step"], r[k]) for r in log if r[k] != ""] for k in ("raft", "video", "disc")}
+    common.save_curves(out / "curves.png", [dict(title=f"loss: {k}", x="step", y="", lines={k: tuple(zip(*v))})
+                                            for k, v in series.items() if v])
+
+COLUMNS = {"method": ("method", ""), "coherent": ("coherent", ".3f"), "coherent_ci": ("- base, 95 %", ""),
+           "coherent_ci_words": ("- words, 95 %", ""), "coherent_ci_random": ("- random, 95 %", ""),
+           "subject_consistency": ("subject", ".4f"), "background_consistency": ("backgr.", ".4f"),
+           "flicker": ("flicker", ".2f"), "motion_smoothness": ("smooth", ".4f"), "dynamic_degree": ("speed", ".3f"),
+           "prompt_acc": ("prompt", ".3f"), "disc_score": ("phi", ".3f"), "evaluations": ("evals", "d"),
+           "cost_ratio": ("time", ".2f"), "peak_mb": ("MB", ".0f")}
+MUST_FIT = ("dataset", "size", "frames", "width", "layers", "clips", "seed", "gap", "fakes", "raft_iters", "disc_iters")
+SAME_TRAINING = ("batch", "train_lr", "ema", "drop", "amp")
+
+def check(cfg):
+    """What single values cannot tell. Raises Fault."""
+    if cfg.methods == "all":
+        cfg.methods = ",".join(METHODS)
+    common.check_names(cfg, "methods", METHODS)
+    if cfg.size % 4 or cfg.width % 32:
+        raise Fault(f"--size {cfg.size} must be a multiple of 4, --width {cfg.width} one of 32")
+    if cfg.tokens.count(",") >= FREE:
+        raise Fault(f"--tokens {cfg.tokens}: at most {FREE} words")
+    if cfg.gap >= cfg.frames:
+        raise Fault(f"--gap {cfg.gap}: must be below --frames {cfg.frames}")
+    if "random" in cfg.methods and "motionprompt" not in cfg.methods.split("random")[0]:
+        raise Fault(f"--methods {cfg.methods}: random goes as far as motionprompt did; name that one before it")
+
+def main():
+    began, cfg = time.time(), common.parse_args(Config, PRESETS, __doc__)
+    check(cfg)
+    device = common.pick_device(cfg.device)
+    cfg.device = str(device)
+    train_clips, test_clips, captions, test_captions, source = common.load_captioned(cfg)
+    words = sorted({w for c in captions for w in words_of(c)})
+    length = max(len(words_of(c)) for c in captions) + FREE - 1
+    for w in cfg.tokens.split(","):
+        if w not in words:
+            raise Fault(f"--tokens {cfg.tokens}: {w!r} is in no caption; choose from {', '.join(words)}")
+    out, lock = common.open_run("motionprompt", cfg, source)
+    last = ("disc", cfg.disc_iters)
+    saved = common.load_stages(out / "ckpt.pt", "motionprompt", cfg, MUST_FIT, SAME_TRAINING, last, device)
+    if saved.setdefault("words", words) != words:
+        raise Fault(f"{out / 'ckpt.pt'} was trained on other captions than those in --data_dir; use another --out_dir")
+    moments = common.moments(train_clips)
+    torch.manual_seed(cfg.seed)
+    net = nn.ModuleDict(dict(text=TextEncoder(len(words) + 1, length, cfg.width),
+                             video=VideoNet(length, cfg.size, cfg.frames, cfg.width, cfg.layers, cfg.amp))).to(device)
+    average = averaged(net, cfg.ema)
+    print(f"{cfg.preset} preset on {device}, {len(train_clips)} + {len(test_clips)} captioned clips ({source}), "
+          f"{sum(p.numel() for p in net.parameters()):,} parameters")
+    for module in (net["video"], average.module["video"]) if cfg.compile else ():
+        module.compile()
+    stage = partial(common.stage, "motionprompt", cfg, out, saved, columns=["raft", "video", "disc"])
+    raft = train_raft(cfg, stage, device)
+    estimate = estimator(raft, cfg.size)
+    train_video(cfg, stage, net, average, train_clips, encode(captions, words, length), moments, device)
+    net = average.module.eval().requires_grad_(False)
+    stack = lambda clips, which: torch.stack([clips.frames(k, 0, cfg.frames) for k in which])
+    say = lambda words: net["text"](net["text"].words(words.to(device)))
+    sigmas = karras_sigmas(cfg.steps, low=0.02)  # noise of 0.02 nobody sees
+    if "fakes" not in saved:  # base samples of training captions, for the discriminator
+        asked = encode([plain(c) for c in captions[:cfg.fakes]], words, length)
+        noise = torch.randn(len(asked), 3, cfg.frames, cfg.size, cfg.size, generator=dice(cfg.seed, 9, 0))
+        sampler, made = prompted(denoiser(net), say(0 * asked[:1]), cfg.rho), []
+        for a in tqdm(range(0, len(asked), 32), "generating clips for the discriminator", leave=False):
+            x, c = sigmas[0] * noise[a:a + 32].to(device), say(asked[a:a + 32])
+            made.append(euler(sampler, x, sigmas, lambda *_: c).cpu())
+        saved["fakes"] = to_uint8(torch.cat(made) * moments[1] + moments[0]).transpose(1, 2).contiguous()
+    fakes, kept = saved["fakes"], int(0.75 * len(saved["fakes"]))
+    steady = lambda clips: clips if source == "real" else clips[common.coherent(common.track(clips))]
+    real = steady(stack(train_clips, range(min(4 * cfg.fakes, len(train_clips)))))  # real video is coherent
+    disc = train_discriminator(cfg, stage, real, fakes[:kept], estimate, device)
+    held_out = steady(stack(test_clips, range(len(test_clips)))), fakes[kept:]
+    phi = [scores(cfg, disc, v, estimate, device) for v in held_out]
+    quality = dict(real=(phi[0] > 0.5).float().mean().item(), generated=(phi[1] <= 0.5).float().mean().item())
+    quality |= dict(balanced=sum(quality.values()) / 2, calibration=common.calibration(*phi))
+    if source == "procedural":
+        quality["auc_coherent"] = common.auc(phi[1].mean(1), common.coherent(common.track(fakes[kept:])))
+    prompts = [plain(test_captions[k % len(test_captions)]) for k in range(cfg.prompts)]
+    noise = torch.randn(cfg.prompts, 3, cfg.frames, cfg.size, cfg.size, generator=dice(cfg.seed, 4, 0))
+    rows, videos = evaluate(cfg, net, estimate, disc, prompts, words, noise, sigmas, moments, device)
+    if source == "procedural":
+        common.score(rows, videos, prompts, ("base", "words", "random"))
+    shown = stack(test_clips, range(min(cfg.prompts, len(test_clips))))
+    pictures(cfg, out, videos | {"real": shown}, estimate, saved["log"], device)
+    dataset = dict(name=cfg.dataset, source=source, clips=[len(train_clips), len(test_clips)], size=cfg.size)
+    common.write_results(out, "motionprompt", cfg, dataset, rows, began, discriminator=quality)
+    print("\ndiscriminator, held out:", ", ".join(f"{k} {v:.2f}" for k, v in quality.items() if k != "calibration"))
+    print("phi against the share of real pairs:", ", ".join(f"{p:.2f} {q:.2f}" for p, q in quality["calibration"]))
+    print(f"\n{cfg.prompts} prompts, Euler, {cfg.steps} steps, tokens {cfg.tokens}, K {cfg.K}, lr {cfg.lr}\n"
+          + common.table(rows, COLUMNS))
+    print(f"\nwrote {', '.join(p.name for p in sorted(out.iterdir()))} in {out}/ after {time.time() - began:.0f} s")
+
+if __name__ == "__main__":
+    common.run(main)
