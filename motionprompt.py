@@ -575,7 +575,7 @@ def main():
     steady = lambda clips: clips if source == "real" else clips[common.coherent(common.track(clips))]
     real = steady(stack(train_clips, range(min(4 * cfg.fakes, len(train_clips)))))  # real video is coherent
     disc = train_discriminator(cfg, stage, real, fakes[:kept], estimate, device)
-    held_out = steady(stack(test_clips, range(len(test_clips)))), fakes[kept:]
+    held_out = steady(stack(test_clips, range(min(cfg.fakes, len(test_clips))))), fakes[kept:]
     phi = [scores(cfg, disc, v, estimate, device) for v in held_out]
     quality = dict(real=(phi[0] > 0.5).float().mean().item(), generated=(phi[1] <= 0.5).float().mean().item())
     quality |= dict(balanced=sum(quality.values()) / 2, calibration=common.calibration(*phi))
