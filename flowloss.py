@@ -46,7 +46,7 @@ class Config:
     raft_iters: int = opt(2000, "steps of the tiny RAFT", 0, 10**8)
     batch: int = opt(4, "clips in a batch", 1, 65536)
     size: int = opt(32, "height and width of a frame, pixels; a multiple of 2^levels x patch, 24 at least", 24, 1024)
-    frames: int = opt(16, "frames of a clip", 4, 256)
+    frames: int = opt(16, "frames of a clip", 8, 256)
     seed: int = opt(0, "of weights, data order and noise", 0, 2**31)
     device: str = opt("auto", "auto, cpu, cuda, mps")
     out_dir: str = opt("", "folder to write; empty: out/flowloss-DATASET[-procedural]")
@@ -569,6 +569,8 @@ def main():
     cfg.device = str(device)
     train_clips, test_clips, source = common.load_clips(cfg.dataset, cfg.data_dir, cfg.size, (cfg.clips, 96),
                                                         cfg.frames, cfg.seed, min_frames=cfg.frames)
+    if min(len(test_clips), cfg.videos) * (cfg.frames // 8) < 2:
+        raise Fault(f"the Frechet distance needs more than {len(test_clips)} test clip of {cfg.frames} frames")
     out, lock = common.open_run("flowloss", cfg, source)
     saved = common.load_stages(out / "ckpt.pt", "flowloss", cfg, MUST_FIT, SAME_TRAINING, ("tune", cfg.iters), device)
     moments = common.moments(train_clips)  # EDM with sigma_data = 1 wants data of variance 1

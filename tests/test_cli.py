@@ -15,10 +15,9 @@ from PIL import Image
 
 import biflow
 import common
+from conftest import TINY
 
 ROOT = Path(__file__).parents[1]
-TINY = ("--device cpu --preset tiny --size 16 --width 8 --mults 1 --batch 4 --clips 8 --streams 2 --frames 34 "
-        "--eps 0,0.2 --tol 0.1 --step 0.25").split()
 FILES = {"config.json", "log.csv", "ckpt.pt", "samples.gif", "sheet.png", "curves.png", "results.json"}
 KEYS = {"method", "joint", "eps", "solver", "nfe", "features", "fvd", "fvd_first", "fvd_last", "slope", "floor",
         "ms_per_frame", "iters", "params"}
@@ -28,7 +27,7 @@ rendered, open_run = cache(common.render), common.open_run
 @pytest.fixture
 def run(runner, monkeypatch):
     monkeypatch.setattr(common, "render", rendered)
-    return runner(biflow, TINY)
+    return runner(biflow)
 
 
 def refused(result, *says):
@@ -81,7 +80,7 @@ def interrupt_at(monkeypatch, step):
 def finished(tmp_path_factory):
     """A whole run as a user would start it, from an empty folder: (folder, completed process)."""
     cwd = tmp_path_factory.mktemp("user")
-    command = [sys.executable, str(ROOT / "biflow.py"), "--dataset", "sky", *TINY, "--iters", "6"]
+    command = [sys.executable, str(ROOT / "biflow.py"), "--dataset", "sky", *TINY["biflow"]]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return cwd, done
@@ -148,7 +147,8 @@ def test_ctrl_c_saves_and_resume_equals_an_uninterrupted_run_bit_for_bit_even_af
     die = ("import os, signal, sys, torch; sys.path.insert(0, sys.argv.pop(1)); import biflow, common\n"
            "def save(state, path):\n    path.write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)\n"
            "torch.save = save; common.run(biflow.main)")
-    killed = subprocess.run([sys.executable, "-c", die, str(ROOT), *TINY, "--out_dir", "o", "--iters", "6", "--resume"],
+    killed = subprocess.run([sys.executable, "-c", die, str(ROOT), *TINY["biflow"], "--out_dir", "o",
+                             "--resume"],
                             capture_output=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL and before.items() <= content(out).items()
     assert run("--out_dir", "o", "--iters", 6, "--resume")[0] == 0

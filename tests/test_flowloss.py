@@ -256,13 +256,9 @@ def test_ssim_is_one_for_equal_images_and_falls_with_noise():
 
 # ---------------------------------------------------------------------------------------------- end to end
 
-TINY = ("--device cpu --preset tiny --size 24 --frames 8 --width 8 --mults 1,1 --batch 2 --clips 6 --videos 2 "
-        "--steps 2 --iters 4 --base_iters 2 --raft_iters 2 --points 2 --objectives none,gated --psi 3").split()
-
-
 @pytest.fixture
 def run(runner):
-    return runner(flowloss, TINY)
+    return runner(flowloss)
 
 
 def weights(out):

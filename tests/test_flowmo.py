@@ -270,13 +270,9 @@ def test_bootstrap_and_auc():
 
 # ---------------------------------------------------------------------------------------------- end to end
 
-TINY = ("--device cpu --preset tiny --frames 6 --width 32 --layers 1 --batch 4 --clips 24 --prompts 4 --steps 4 "
-        "--guided 0-1 --iters 4 --methods base,random,flowmo,freeinit,steps").split()
-
-
 @pytest.fixture
 def run(runner):
-    return runner(flowmo, TINY)
+    return runner(flowmo)
 
 
 def weights(out):

@@ -259,13 +259,9 @@ def test_a_calibrated_score_is_the_share_of_real_ones():
 
 # ---------------------------------------------------------------------------------------------- end to end
 
-TINY = ("--device cpu --preset tiny --frames 6 --width 32 --layers 1 --batch 4 --clips 24 --prompts 4 --steps 4 --K 1 "
-        "--iters 4 --raft_iters 2 --disc_iters 2 --fakes 4").split()
-
-
 @pytest.fixture
 def run(runner):
-    return runner(motionprompt, TINY)
+    return runner(motionprompt)
 
 
 CLOCK = ("s_per_video", "cost_ratio")
