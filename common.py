@@ -260,12 +260,14 @@ def captions_of(clips, dataset, split, size, frames, seed):
     return found
 
 def load_captioned(cfg, test=512):
-    """Train and test clips of cfg.dataset, the captions of both, and 'real' or 'procedural'. Raises Fault."""
+    """Train and test clips of cfg.dataset, the captions of both, the words of the training ones, how many the longest
+    has, and 'real' or 'procedural'. Raises Fault."""
     train_clips, test_clips, source = load_clips(cfg.dataset, cfg.data_dir, cfg.size, (cfg.clips, test), cfg.frames,
                                                  cfg.seed, min_frames=cfg.frames)
     captions = [captions_of(clips, cfg.dataset, split, cfg.size, cfg.frames, cfg.seed)
                 for clips, split in ((train_clips, "train"), (test_clips, "test"))]
-    return train_clips, test_clips, *captions, source
+    words = [words_of(c) for c in captions[0]]
+    return train_clips, test_clips, *captions, sorted(set().union(*words)), max(map(len, words)), source
 
 class Batches(torch.utils.data.Dataset):
     """Item `step` is that step's batch of `length` consecutive frames, uint8 (B, length, 3, H, W), drawn evenly from
@@ -671,6 +673,21 @@ def averaged(net, decay):
     """The average of a network's weights over training, to sample from."""
     return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
+def descend(loss, net, optimiser, share=1.0, average=None):
+    """A training step: the gradient cut to length 1, every group at `share` of the rate it was made with."""
+    optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    for group in optimiser.param_groups:
+        group["lr"] = share * group.setdefault("initial_lr", group["lr"])
+    optimiser.step()
+    if average:
+        average.update_parameters(net)
+
+def warm_decay(k, until):
+    """The share at step k: up over 100 steps, and down to 1 % over the last 40 % of `until`."""
+    return min(1, k / 100, 0.01 + (until - k) / (0.4 * until))
+
 # ---------------------------------------------------------------------------------------------- noise levels
 def like(s, x):
     """Per-sample scalars s (B,) shaped to broadcast over x (B, ...)."""
@@ -714,6 +731,13 @@ def sample_edm(denoise, x, sigmas, heun=True):
     return x
 
 # ---------------------------------------------------------------------------------------------- Frechet distance
+def pretrained(make, flag, instead):
+    """A network of torchvision with its best weights: make(weights="DEFAULT"). Raises Fault if they cannot be had."""
+    try:
+        return make(weights="DEFAULT")
+    except OSError as e:  # URLError is one
+        raise Fault(f"{flag}: its weights cannot be downloaded ({e}); use {instead}")
+
 def own_features(video):
     """Fixed, seeded, motion-sensitive features of short clips: uint8 (N, T > 4, 3, H, W) -> (N, 46) float64.
 
@@ -741,10 +765,7 @@ def feature_fn(name, device):
         return own_features, 8
     if name == "r3d_18":
         from torchvision.models.video import R3D_18_Weights, r3d_18
-        try:
-            net = r3d_18(weights=R3D_18_Weights.KINETICS400_V1).eval().to(device)
-        except OSError as e:  # URLError is one
-            raise Fault(f"--features r3d_18: its weights cannot be downloaded ({e}); use --features own")
+        net = pretrained(r3d_18, "--features r3d_18", "--features own").eval().to(device)
         net.fc, prepare = nn.Identity(), R3D_18_Weights.KINETICS400_V1.transforms()
         return (lambda v: torch.cat([net(prepare(c)) for c in v.split(8)]).cpu().double()), 16
     try:

@@ -33,7 +33,7 @@ from torchvision.utils import flow_to_image
 from tqdm import tqdm
 
 import common
-from common import Fault, averaged, cut, dice, edm_denoise, edm_weight, karras_sigmas, like, normalise, opt
+from common import Fault, averaged, cut, descend, dice, edm_denoise, edm_weight, karras_sigmas, like, normalise, opt
 from common import sample_edm, to_float, to_uint8
 
 @dataclass
@@ -103,6 +103,13 @@ def flow_weight(objective, sigma, psi):
     return {"none": 0 * sigma, "constant": 1 + 0 * sigma, "lambda": edm_weight(sigma),
             "soft": edm_weight(sigma) / (sigma**2 + 1), "gated": edm_weight(sigma) * gate(sigma, psi)}[objective]
 
+def warp(x, flow):
+    """x (N, C, H, W) read off at p + flow(p), bilinear; outside, the nearest border pixel."""
+    H, W = x.shape[-2:]
+    v, u = torch.meshgrid(torch.arange(H, device=x.device), torch.arange(W, device=x.device), indexing="ij")
+    grid = torch.stack([(u + flow[:, 0]) * 2 / (W - 1) - 1, (v + flow[:, 1]) * 2 / (H - 1) - 1], -1)  # (N, H, W, 2)
+    return F.grid_sample(x, grid, align_corners=True, padding_mode="border")
+
 def visible(forward, backward):
     """Where the target of a flow is seen, by agreement with the flow back: (N, 2, H, W) twice -> bool (N, 1, H, W)."""
     back = warp(backward, forward)
@@ -140,13 +147,6 @@ def recon_loss(denoised, y, sigma):
     return edm_weight(sigma) * (denoised - y).square().flatten(1).mean(1)
 
 # ----------------------------------------------------------------------------------------------- tiny RAFT
-def warp(x, flow):
-    """x (N, C, H, W) read off at p + flow(p), bilinear; outside, the nearest border pixel."""
-    H, W = x.shape[-2:]
-    v, u = torch.meshgrid(torch.arange(H, device=x.device), torch.arange(W, device=x.device), indexing="ij")
-    grid = torch.stack([(u + flow[:, 0]) * 2 / (W - 1) - 1, (v + flow[:, 1]) * 2 / (H - 1) - 1], -1)  # (N, H, W, 2)
-    return F.grid_sample(x, grid, align_corners=True, padding_mode="border")
-
 def correlation(a, b):
     """All pairs: features (N, C, H, W) twice -> (N H W, 1, H, W), scaled by 1 / sqrt(C)."""
     N, C, H, W = a.shape
@@ -339,8 +339,7 @@ def train_raft(cfg, stage, device):
         weight = 1 + 4 * (true.square().sum(1) > 0.01)  # (N, H, W)
         flows = raft(a, b, updates=4, detach=True, every=True)
         loss = sum(0.8 ** (3 - n) * (weight * (f - true).abs().sum(1)).mean() for n, f in enumerate(flows))
-        optimiser.param_groups[0]["lr"] = 2e-3 * min(1, k / 50, 1.02 - k / cfg.raft_iters)
-        descend(loss, raft, optimiser)
+        descend(loss, raft, optimiser, min(1, k / 50, 1.02 - k / cfg.raft_iters))
         return dict(flow=loss)
 
     stage("raft", cfg.raft_iters, dict(raft=raft, optimiser=optimiser), step)
@@ -349,11 +348,8 @@ def train_raft(cfg, stage, device):
 
 def large_raft(cfg, device):
     """torchvision's raft_small, which takes 128 px and more: smaller images are enlarged for it. Raises Fault."""
-    from torchvision.models.optical_flow import Raft_Small_Weights, raft_small
-    try:
-        raft = raft_small(weights=Raft_Small_Weights.C_T_V2).eval().requires_grad_(False).to(device)
-    except OSError as e:
-        raise Fault(f"--raft raft_small: its weights cannot be downloaded ({e}); use --raft tiny")
+    from torchvision.models.optical_flow import raft_small
+    raft = common.pretrained(raft_small, "--raft raft_small", "--raft tiny").eval().requires_grad_(False).to(device)
     def estimate(a, b):
         k = max(1, math.ceil(128 / a.shape[-1]))
         a, b = (F.interpolate(x, scale_factor=k, mode="bicubic").clamp(-1, 1) if k > 1 else x for x in (a, b))
@@ -375,13 +371,6 @@ def noise_of(prior, y, g):
     draw = lambda *shape: torch.randn(*shape, generator=g).to(y.device)
     return (mean + spread * draw(len(y))).exp(), draw(*y.shape), draw(*y[:, :, 0].shape)
 
-def descend(loss, net, optimiser, average=None):
-    optimiser.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-    optimiser.step()
-    if average: average.update_parameters(net)
-
 def train_base(cfg, stage, moments, device):
     """The image-to-video model on motion in general, boxes and arms of any make, reconstruction alone: its average."""
     torch.manual_seed(cfg.seed + 1)
@@ -396,8 +385,7 @@ def train_base(cfg, stage, moments, device):
         sigma, n, aug = noise_of(cfg.prior, y, g)
         D = denoiser(net, y[:, :, 0], cfg.augment, aug)(y + like(sigma, y) * n, sigma)
         loss = recon_loss(D, y, sigma).mean()
-        optimiser.param_groups[0]["lr"] = cfg.lr * min(1, k / 50)
-        descend(loss, net, optimiser, average)
+        descend(loss, net, optimiser, min(1, k / 50), average)
         return dict(base=loss)
 
     stage("base", cfg.base_iters, dict(net=net, average=average, optimiser=optimiser), step)
@@ -425,7 +413,7 @@ def tune(cfg, stage, saved, base, estimate, clips, moments, device):
             weight = flow_weight(o, sigma, cfg.psi)
             flow = flow_loss(estimate, decode, D, decode(y), weight, i, j, cfg.scale, cfg.hidden)
             loss = (recon_loss(D, y, sigma) + flow).mean()  # L = L_recon + w(sigma) L_flow
-            descend(loss, net, optimiser, average)
+            descend(loss, net, optimiser, average=average)
             losses[o] = loss
             if device.type == "cuda": torch.cuda.synchronize()  # the times are compared
             spent = time.perf_counter() - began, 1, int((weight > 0).sum())

@@ -35,7 +35,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import common
-from common import Fault, auc, averaged, dice, encode, like, normalise, opt, plain, smoothness, to_uint8, words_of
+from common import Fault, auc, averaged, descend, dice, encode, like, normalise, opt, plain, smoothness, to_uint8
+from common import warm_decay
 
 @dataclass
 class Config:
@@ -261,12 +262,7 @@ def train(cfg, stage, net, average, clips, text, moments, device):
         t = torch.where(near, 0.85 + 0.15 * t, t).to(device)
         keep = torch.rand(cfg.batch, 1, generator=g) >= cfg.drop
         loss = flow_matching_loss(net, z_1, z_0, t, (text[batches.where(k)[0]] * keep).to(device)).mean()
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimiser.param_groups[0]["lr"] = cfg.lr * min(1, k / 100, 0.01 + (cfg.iters - k) / (0.4 * cfg.iters))
-        optimiser.step()
-        average.update_parameters(net)
+        descend(loss, net, optimiser, warm_decay(k, cfg.iters), average)
         return dict(loss=loss)
 
     stage("train", cfg.iters, dict(net=net, average=average, optimiser=optimiser), step)
@@ -423,9 +419,7 @@ def main():
     check(cfg)
     device = common.pick_device(cfg.device)
     cfg.device = str(device)
-    train_clips, test_clips, captions, test_captions, source = common.load_captioned(cfg)
-    words = sorted({w for c in captions for w in words_of(c)})
-    length = max(len(words_of(c)) for c in captions)
+    train_clips, test_clips, captions, test_captions, words, length, source = common.load_captioned(cfg)
     out, lock = common.open_run("flowmo", cfg, source)
     saved = common.load_stages(out / "ckpt.pt", "flowmo", cfg, MUST_FIT, SAME_TRAINING, ("train", cfg.iters), device)
     if saved.setdefault("words", words) != words:

@@ -11,13 +11,12 @@ changes, and neither does the prompt itself. Its steps (the paper's equation num
     optimise   T <- Adam(dl / dT), K times; then a step of the sampler with c(T)
     half-way   the second half of the steps has the plain prompt, which keeps the appearance
 
-    python motionprompt.py                            # two CPU cores: minutes to train, then the comparison
-    python motionprompt.py --eval_only --K 5 --lr 0.1 # other settings, the same models
-    python motionprompt.py --eval_only --methods all  # all controls and ablations
+    python motionprompt.py                                   # two CPU cores: about 15 minutes; a GPU: `small`
+    python motionprompt.py --eval_only --methods all         # the same models, all controls and ablations
 
 trains a text-to-video EDM model on captioned clips, a tiny RAFT, and the discriminator on flows of steady clips against
-flows of what the model generates; samples the same prompts and noise with and without MotionPrompt, and writes
-out/motionprompt-sprites-procedural/.
+flows of what the model generates; samples the same prompts and noise with and without MotionPrompt, prints what became
+of the motion, and writes out/motionprompt-sprites-procedural/.
 """
 import math
 import time
@@ -27,13 +26,14 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torchvision.utils import flow_to_image
 from tqdm import tqdm
 
 import common
-from common import Fault, averaged, dice, edm_denoise, edm_weight, encode, karras_sigmas, like, normalise, opt, plain
-from common import to_float, to_uint8, words_of
+from common import Fault, averaged, descend, dice, edm_denoise, edm_weight, encode, karras_sigmas, like, normalise, opt
+from common import plain, to_float, to_uint8, warm_decay
 
 @dataclass
 class Config:
@@ -64,6 +64,7 @@ class Config:
     gap: int = opt(3, "frames between the two of a pair, at most", 1, 255)
     keep: bool = opt(False, "carry the tokens from one step of the sampler to the next, instead of starting afresh")
     inner_rho: float = opt(0.0, "guidance by the prompt inside the optimisation; 0: conditional only", 0, 100)
+    vit: str = opt("tiny", "of the discriminator: ours, or torchvision's, pretrained", choices=("tiny", "vit_b_16"))
     latent_eta: float = opt(0.05, "size of a step on the latent, a share of sigma, for the method `latent`", 0, 100)
     steps: int = opt(16, "steps of the Euler sampler", 2, 10000)
     rho: float = opt(1.0, "guidance by the prompt, D_P + rho (D_P - D_0)", 0, 100)
@@ -84,7 +85,6 @@ PRESETS = {
                   train_lr=2e-4, ema=0.9995, clips=100000, fakes=5000, prompts=800, steps=50, gap=15, amp=True),
 }
 FREE = 3  # places for tokens behind the longest prompt
-P_MEAN, P_STD = 0.0, 1.6  # of ln sigma while training: wide, as motion is decided at high noise
 
 # Notation. B, C, T, H, W: batch, channels, frames, height, width. x: noisy video at noise level sigma (B,), data of
 # variance 1; D: the clean estimate. Prompt (B, L, d), tokens (B, n, d): embeddings of words. Flow (N, 2, H, W), pixels.
@@ -92,9 +92,7 @@ P_MEAN, P_STD = 0.0, 1.6  # of ln sigma while training: wide, as motion is decid
 # ----------------------------------------------------------------------------------------------- THE METHOD
 def total_variation(flow):
     """TV of flow (N, 2, H, W), pixels: mean over pixels of its differences to the right and downwards, (N,).
-
-    Paper silent: we use absolute differences, each axis for itself, as the usual TV of images.
-    """
+    Paper silent: we use absolute differences, each axis for itself, as the usual TV of images."""
     right, down = flow.diff(dim=3).abs().flatten(1), flow.diff(dim=2).abs().flatten(1)
     return right.mean(1) + down.mean(1)
 
@@ -188,13 +186,6 @@ def prompted(denoise, null, rho):
     return guided
 
 # ----------------------------------------------------------------------------------------------- tiny RAFT
-def warp(x, flow):
-    """x (N, C, H, W) read off at p + flow(p), bilinear; outside, the nearest border pixel."""
-    H, W = x.shape[-2:]
-    v, u = torch.meshgrid(torch.arange(H, device=x.device), torch.arange(W, device=x.device), indexing="ij")
-    grid = torch.stack([(u + flow[:, 0]) * 2 / (W - 1) - 1, (v + flow[:, 1]) * 2 / (H - 1) - 1], -1)  # (N, H, W, 2)
-    return F.grid_sample(x, grid, align_corners=True, padding_mode="border")
-
 def correlation(a, b):
     """All pairs: features (N, C, H, W) twice -> (N H W, 1, H, W), scaled by 1 / sqrt(C)."""
     N, C, H, W = a.shape
@@ -277,16 +268,33 @@ layer_of = lambda d, wide: nn.TransformerEncoderLayer(d, d // 32, wide * d, 0.0,
 conv = partial(nn.Conv3d, kernel_size=(1, 3, 3), padding=(0, 1, 1))  # over space, frame by frame
 
 class Convolutions(nn.Module):
-    """Residual block over space, scaled and shifted by the embedding of sigma and text."""
+    """Residual block over space, then time, scaled and shifted by the embedding of sigma and text."""
     def __init__(self, cin, cout, emb):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(math.gcd(8, cin), cin), conv(cin, cout)
-        self.norm2, self.conv2 = nn.GroupNorm(math.gcd(8, cout), cout), conv(cout, cout)
+        norm = lambda c: nn.GroupNorm(math.gcd(8, c), c)
+        self.norm1, self.conv1, self.norm2, self.conv2 = norm(cin), conv(cin, cout), norm(cout), conv(cout, cout)
+        self.norm3, self.time = norm(cout), nn.Conv3d(cout, cout, (3, 1, 1), padding=(1, 0, 0))
         self.emb, self.skip = nn.Linear(emb, 2 * cout), nn.Conv3d(cin, cout, 1)
     def forward(self, x, emb):  # (B, C, T, H, W)
         scale, shift = self.emb(emb)[..., None, None, None].chunk(2, 1)
         h = self.conv1(F.silu(self.norm1(x)))
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        x = self.skip(x) + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        return x + self.time(F.silu(self.norm3(x)))
+
+class Attention(nn.Module):
+    """Transformer block over words and places of all frames together, with adaptive layer norm."""
+    def __init__(self, d):
+        super().__init__()
+        self.norm, self.emb = nn.LayerNorm(d, elementwise_affine=False), nn.Linear(d, 6 * d)
+        self.attend = nn.MultiheadAttention(d, d // 32, batch_first=True)
+        self.wide, self.back = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+        for p in self.emb.parameters():
+            nn.init.zeros_(p)
+    def forward(self, x, emb):  # (B, N, d)
+        scale1, shift1, gate1, scale2, shift2, gate2 = self.emb(emb)[:, None].chunk(6, -1)
+        h = self.norm(x) * (1 + scale1) + shift1
+        x = x + gate1 * self.attend(h, h, h, need_weights=False)[0]
+        return x + gate2 * self.back(F.gelu(self.wide(self.norm(x) * (1 + scale2) + shift2)))
 
 class TextEncoder(nn.Module):
     """Words (B, L) -> embeddings; embeddings, and tokens in place of the last ones -> c (B, L, d), by a transformer."""
@@ -294,16 +302,14 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.words, self.order = nn.Embedding(vocabulary, d), nn.Parameter(torch.randn(length, d))
         self.layer = layer_of(d, 2)
-    def forward(self, prompt, tokens=None):
-        """prompt (B, L, d) = self.words(...); tokens (B, n, d) are appended: they take the last, free places."""
+    def forward(self, prompt, tokens=None):  # prompt (B, L, d) = self.words(...); tokens (B, n, d) take the last places
         if tokens is not None:
             prompt = torch.cat([prompt[:, :prompt.shape[1] - tokens.shape[1]], tokens], 1)
         return self.layer(prompt + self.order)
 
 class VideoNet(nn.Module):
-    """F(x (B, 3, T, H, W), c_noise (B,), c (B, L, d)) -> like x: convolutions at half size, a transformer at a quarter,
-    over the places of all frames together with the words. 'left' means another place in every frame: the embedding of
-    place and frame is multiplied by the text, else that is hardly learned."""
+    """F(x (B, 3, T, H, W), c_noise (B,), c (B, L, d)) -> like x: convolutions at half size, a transformer at a quarter.
+    'left' means another place in every frame: the embedding of place and frame is multiplied by the text."""
     def __init__(self, length, size, frames, d, layers, amp=False):
         super().__init__()
         ch, self.d, self.length, self.amp = max(8, d // 24 * 8), d, length, amp
@@ -312,7 +318,7 @@ class VideoNet(nn.Module):
         self.sentence = nn.Sequential(nn.Linear(length * d, d), nn.SiLU(), nn.Linear(d, d))
         self.inp, self.one = conv(12, ch), Convolutions(ch, ch, d)
         self.down, self.up = nn.Conv3d(ch, d, (1, 2, 2), (1, 2, 2)), nn.ConvTranspose3d(d, ch, (1, 2, 2), (1, 2, 2))
-        self.blocks, self.two = nn.ModuleList(layer_of(d, 4) for _ in range(layers)), Convolutions(2 * ch, ch, d)
+        self.blocks, self.two = nn.ModuleList(Attention(d) for _ in range(layers)), Convolutions(2 * ch, ch, d)
         self.out = nn.Sequential(nn.GroupNorm(math.gcd(8, ch), ch), nn.SiLU(), conv(ch, 12))
         nn.init.zeros_(self.out[-1].weight)
         nn.init.zeros_(self.out[-1].bias)
@@ -327,30 +333,27 @@ class VideoNet(nn.Module):
             h = coarse.flatten(3).permute(0, 2, 3, 1) + self.place * self.gain(F.silu(said))[:, None, None]
             h = torch.cat([c, h.flatten(1, 2)], 1)  # (B, L + T H W / 16, d)
             for block in self.blocks:
-                h = block(h + emb[:, None])
+                h = block(h, emb)
             h = self.up(h[:, self.length:].transpose(1, 2).reshape(coarse.shape))  # (B, ch, T, H/2, W/2)
             return fold(F.pixel_shuffle, self.out(self.two(torch.cat([h, fine], 1), emb))).float()
 
 class Discriminator(nn.Module):
-    """Flow (N, 2, H, W) in pixels -> logit of being real (N,): a small ViT, not pretrained, and a 3-layer MLP."""
-    def __init__(self, size, d=64, patch=4):
+    """Flow (N, 2, H, W) in pixels -> logit of being real (N,): a small ViT, or `large`, and a 3-layer MLP."""
+    def __init__(self, size, large=None, d=64, patch=4):
         super().__init__()
-        self.size, self.inp = size, nn.Conv2d(2, d, patch, patch)
-        self.place = nn.Parameter(0.02 * torch.randn((size // patch) ** 2, d))
+        self.size, self.large, wide = size, large, 1000 if large else d
+        self.inp, self.place = nn.Conv2d(2, d, patch, patch), nn.Parameter(0.02 * torch.randn((size // patch) ** 2, d))
         self.vit = nn.Sequential(layer_of(d, 2), layer_of(d, 2))
-        self.head = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.Linear(d, d), nn.GELU(), nn.Linear(d, 1))
+        self.head = nn.Sequential(nn.Linear(wide, d), nn.GELU(), nn.Linear(d, d), nn.GELU(), nn.Linear(d, 1))
     def forward(self, flow):
-        h = self.inp(flow * (10 / self.size)).flatten(2).transpose(1, 2)  # in tenths of the frame; (N, patches, d)
-        return self.head(self.vit(h + self.place).mean(1)).squeeze(1)
+        flow = flow * (10 / self.size)  # in tenths of the frame
+        if self.large:  # takes u, v and 0 as an image of 224 px
+            h = self.large(F.interpolate(F.pad(flow, (0, 0, 0, 0, 0, 1)), 224, mode="bilinear"))
+        else:
+            h = self.vit(self.inp(flow).flatten(2).transpose(1, 2) + self.place).mean(1)
+        return self.head(h).squeeze(1)
 
 # ----------------------------------------------------------------------------------------------- train
-def descend(loss, net, optimiser, lr, k, until):
-    optimiser.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-    optimiser.param_groups[0]["lr"] = lr * min(1, k / 100, 0.01 + (until - k) / (0.4 * until))
-    optimiser.step()
-
 def estimator(raft, size, updates=2):
     """estimate(image1, image2) -> flow, of images smaller than the tiny RAFT takes too; the gradient is not cut."""
     k = math.ceil(24 / size)
@@ -379,28 +382,29 @@ def train_raft(cfg, stage, device):
         weight = 1 + 4 * (true.square().sum(1) > 0.01)  # (N, H, W)
         flows = raft(a, b, updates=4, detach=True, every=True)
         loss = sum(0.8 ** (3 - n) * (weight * (f - true).abs().sum(1)).mean() for n, f in enumerate(flows))
-        descend(loss, raft, optimiser, 2e-3, k, cfg.raft_iters)
+        descend(loss, raft, optimiser, warm_decay(k, cfg.raft_iters))
         return dict(raft=loss)
-
     stage("raft", cfg.raft_iters, dict(raft=raft, optimiser=optimiser), step)
     return raft.eval().requires_grad_(False)
 
 def train_video(cfg, stage, net, average, clips, text, moments, device):
     """The text encoder and the text-to-video denoiser, on `clips` with captions `text` (N, L)."""
-    optimiser = torch.optim.AdamW(net.parameters(), cfg.train_lr, betas=(0.9, 0.98))
+    optimiser = torch.optim.AdamW([  # words at a tenth, else what they mean moves on faster than it is learned
+        dict(params=net["video"].parameters()), dict(params=net["text"].parameters(), lr=0.1 * cfg.train_lr)],
+        cfg.train_lr, betas=(0.9, 0.98))
     batches = common.Batches(clips, cfg.batch, cfg.frames, cfg.seed)
     def step(k):
         g = dice(cfg.seed, 1, k)
         y = normalise(batches[k], moments).to(device)
-        sigma = (P_MEAN + P_STD * torch.randn(cfg.batch, generator=g)).exp().to(device)
+        t, near = torch.rand(2, cfg.batch, generator=g)
+        t = torch.where(near < 0.4, 0.85 + 0.15 * t, t).clamp(0.01, 0.99)  # motion is decided at high noise
+        sigma = (t / (1 - t)).to(device)
         n, keep = torch.randn(y.shape, generator=g).to(device), torch.rand(cfg.batch, 1, generator=g) >= cfg.drop
         words = spread(text[batches.where(k)[0]], g) * keep
         D = denoiser(net)(y + like(sigma, y) * n, sigma, net["text"](net["text"].words(words.to(device))))
         loss = (edm_weight(sigma) * (D - y).square().flatten(1).mean(1)).mean()
-        descend(loss, net, optimiser, cfg.train_lr, k, cfg.iters)
-        average.update_parameters(net)
+        descend(loss, net, optimiser, warm_decay(k, cfg.iters), average)
         return dict(video=loss)
-
     stage("video", cfg.iters, dict(net=net, average=average, optimiser=optimiser), step)
 
 def spread(text, g):
@@ -418,8 +422,9 @@ def train_discriminator(cfg, stage, real, fake, estimate, device):
     """The discriminator on flows of real (N, T, 3, H, W) against generated clips: the usual GAN loss, nothing to train
     against. The flow of both comes from the same estimator and the same law of pairs."""
     torch.manual_seed(cfg.seed + 2)
-    net = Discriminator(cfg.size).to(device)
-    optimiser = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05)
+    large = cfg.vit == "vit_b_16" and common.pretrained(torchvision.models.vit_b_16, "--vit vit_b_16", "--vit tiny")
+    net = Discriminator(cfg.size, large).to(device)
+    optimiser = torch.optim.AdamW(net.parameters(), 3e-5 if large else 1e-3, weight_decay=0.05)
     def step(k):
         g = dice(cfg.seed, 6, k)
         logits = []
@@ -429,9 +434,8 @@ def train_discriminator(cfg, stage, real, fake, estimate, device):
                 flow = flow_of_pairs(video, *random_pairs(32, cfg.frames, 1, cfg.gap, g), lambda v: v, estimate)
             logits.append(net(flow))
         loss = -(F.logsigmoid(logits[0]).mean() + F.logsigmoid(-logits[1]).mean()) / 2
-        descend(loss, net, optimiser, 1e-3, k, cfg.disc_iters)
+        descend(loss, net, optimiser, warm_decay(k, cfg.disc_iters))
         return dict(disc=loss)
-
     stage("disc", cfg.disc_iters, dict(disc=net, optimiser=optimiser), step)
     return net.eval().requires_grad_(False)
 
@@ -449,9 +453,9 @@ def evaluate(cfg, net, estimate, disc, prompts, vocabulary, noise, sigmas, momen
     """Sample the same prompts and noise with every method: rows, videos."""
     text, denoise = net["text"], denoiser(net)
     decode, guided = lambda v: v * moments[1] + moments[0], range(cfg.steps // 2)
-    rows, videos, moved, null = [], {}, {}, text(text.words(torch.zeros(1, net["video"].length).long().to(device)))
-    sampler, length = prompted(denoise, null, cfg.rho), net["video"].length
-    inner = prompted(denoise, null, cfg.inner_rho)
+    rows, videos, moved, length = [], {}, {}, net["video"].length
+    null = text(text.words(torch.zeros(1, length).long().to(device)))
+    sampler, inner = (prompted(denoise, null, rho) for rho in (cfg.rho, cfg.inner_rho))
     said = text.words(encode(prompts, vocabulary, length).to(device))  # (N, L, d)
     names = cfg.tokens.split(",")
     first = text.words(torch.tensor([[vocabulary.index(w) + 1 for w in names]]).to(device))  # (1, n, d)
@@ -460,8 +464,8 @@ def evaluate(cfg, net, estimate, disc, prompts, vocabulary, noise, sigmas, momen
              "no_penalty": (*weights[:2], 0)}
     for name in cfg.methods.split(","):
         g, parts, began = dice(cfg.seed, 8, 0), [], time.perf_counter()
-        if device.type == "cuda": torch.cuda.reset_peak_memory_stats()
         pairs = lambda n: random_pairs(n, cfg.frames, cfg.pairs, cfg.gap, g)
+        if device.type == "cuda": torch.cuda.reset_peak_memory_stats()
         for a in tqdm(range(0, len(noise), 32), f"sampling {name}", leave=False):
             x, prompt = sigmas[0] * noise[a:a + 32].to(device), said[a:a + 32]
             start, tools = first.expand(len(x), -1, -1), (decode, estimate, disc, guided, cfg.K)
@@ -483,10 +487,10 @@ def evaluate(cfg, net, estimate, disc, prompts, vocabulary, noise, sigmas, momen
         z = torch.cat(parts)
         videos[name] = to_uint8(decode(z)).transpose(1, 2)
         inner_steps = cfg.K * len(guided) * (name in kinds or name == "latent")
-        rows.append(dict(method=name, n=len(names), K=cfg.K, lr=cfg.lr, seed=cfg.seed,
-                         s_per_video=(time.perf_counter() - began) / len(noise),
+        half = 1 if name == "latent" or cfg.inner_rho else 0.5  # without guidance by the prompt: half an evaluation
+        rows.append(dict(method=name, n=len(names), K=cfg.K, lr=cfg.lr, evaluations=cfg.steps + 2 * half * inner_steps,
                          peak_mb=torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else None,
-                         evaluations=cfg.steps + 2 * inner_steps,
+                         s_per_video=(time.perf_counter() - began) / len(noise), seed=cfg.seed,
                          motion_smoothness=common.smoothness(videos[name]).mean().item(),
                          disc_score=scores(cfg, disc, videos[name], estimate, device).mean().item()))
     for row in rows:
@@ -511,9 +515,10 @@ COLUMNS = {"method": ("method", ""), "coherent": ("coherent", ".3f"), "coherent_
            "coherent_ci_words": ("- words, 95 %", ""), "coherent_ci_random": ("- random, 95 %", ""),
            "subject_consistency": ("subject", ".4f"), "background_consistency": ("backgr.", ".4f"),
            "flicker": ("flicker", ".2f"), "motion_smoothness": ("smooth", ".4f"), "dynamic_degree": ("speed", ".3f"),
-           "prompt_acc": ("prompt", ".3f"), "disc_score": ("phi", ".3f"), "evaluations": ("evals", "d"),
+           "prompt_acc": ("prompt", ".3f"), "disc_score": ("phi", ".3f"), "evaluations": ("evals", ".0f"),
            "cost_ratio": ("time", ".2f"), "peak_mb": ("MB", ".0f")}
-MUST_FIT = ("dataset", "size", "frames", "width", "layers", "clips", "seed", "gap", "fakes", "raft_iters", "disc_iters")
+MUST_FIT = ("dataset", "size", "frames", "width", "layers", "clips", "seed", "gap", "fakes", "vit", "iters",
+            "raft_iters", "disc_iters")
 SAME_TRAINING = ("batch", "train_lr", "ema", "drop", "amp")
 
 def check(cfg):
@@ -535,29 +540,25 @@ def main():
     check(cfg)
     device = common.pick_device(cfg.device)
     cfg.device = str(device)
-    train_clips, test_clips, captions, test_captions, source = common.load_captioned(cfg)
-    words = sorted({w for c in captions for w in words_of(c)})
-    length = max(len(words_of(c)) for c in captions) + FREE - 1
-    for w in cfg.tokens.split(","):
-        if w not in words:
-            raise Fault(f"--tokens {cfg.tokens}: {w!r} is in no caption; choose from {', '.join(words)}")
+    train_clips, test_clips, captions, test_captions, words, longest, source = common.load_captioned(cfg)
+    length = longest + FREE - 1
+    for w in set(cfg.tokens.split(",")) - set(words):
+        raise Fault(f"--tokens {cfg.tokens}: {w!r} is in no caption; choose from {', '.join(words)}")
     out, lock = common.open_run("motionprompt", cfg, source)
-    last = ("disc", cfg.disc_iters)
+    last = "disc", cfg.disc_iters
     saved = common.load_stages(out / "ckpt.pt", "motionprompt", cfg, MUST_FIT, SAME_TRAINING, last, device)
     if saved.setdefault("words", words) != words:
         raise Fault(f"{out / 'ckpt.pt'} was trained on other captions than those in --data_dir; use another --out_dir")
     moments = common.moments(train_clips)
     torch.manual_seed(cfg.seed)
-    net = nn.ModuleDict(dict(text=TextEncoder(len(words) + 1, length, cfg.width),
-                             video=VideoNet(length, cfg.size, cfg.frames, cfg.width, cfg.layers, cfg.amp))).to(device)
+    shape = length, cfg.size, cfg.frames, cfg.width, cfg.layers, cfg.amp
+    net = nn.ModuleDict(dict(text=TextEncoder(len(words) + 1, length, cfg.width), video=VideoNet(*shape))).to(device)
     average = averaged(net, cfg.ema)
     print(f"{cfg.preset} preset on {device}, {len(train_clips)} + {len(test_clips)} captioned clips ({source}), "
           f"{sum(p.numel() for p in net.parameters()):,} parameters")
-    for module in (net["video"], average.module["video"]) if cfg.compile else ():
-        module.compile()
+    if cfg.compile: [module["video"].compile() for module in (net, average.module)]
     stage = partial(common.stage, "motionprompt", cfg, out, saved, columns=["raft", "video", "disc"])
-    raft = train_raft(cfg, stage, device)
-    estimate = estimator(raft, cfg.size)
+    estimate = estimator(train_raft(cfg, stage, device), cfg.size)
     train_video(cfg, stage, net, average, train_clips, encode(captions, words, length), moments, device)
     net = average.module.eval().requires_grad_(False)
     stack = lambda clips, which: torch.stack([clips.frames(k, 0, cfg.frames) for k in which])
@@ -566,11 +567,10 @@ def main():
     if "fakes" not in saved:  # base samples of training captions, for the discriminator
         asked = encode([plain(c) for c in captions[:cfg.fakes]], words, length)
         noise = torch.randn(len(asked), 3, cfg.frames, cfg.size, cfg.size, generator=dice(cfg.seed, 9, 0))
-        sampler, made = prompted(denoiser(net), say(0 * asked[:1]), cfg.rho), []
-        for a in tqdm(range(0, len(asked), 32), "generating clips for the discriminator", leave=False):
-            x, c = sigmas[0] * noise[a:a + 32].to(device), say(asked[a:a + 32])
-            made.append(euler(sampler, x, sigmas, lambda *_: c).cpu())
-        saved["fakes"] = to_uint8(torch.cat(made) * moments[1] + moments[0]).transpose(1, 2).contiguous()
+        sampler = prompted(denoiser(net), say(0 * asked[:1]), cfg.rho)
+        made = [euler(sampler, sigmas[0] * noise[a:a + 32].to(device), sigmas, lambda *_, c=say(asked[a:a + 32]): c)
+                for a in tqdm(range(0, len(asked), 32), "generating clips for the discriminator", leave=False)]
+        saved["fakes"] = to_uint8(torch.cat(made).cpu() * moments[1] + moments[0]).transpose(1, 2).contiguous()
     fakes, kept = saved["fakes"], int(0.75 * len(saved["fakes"]))
     steady = lambda clips: clips if source == "real" else clips[common.coherent(common.track(clips))]
     real = steady(stack(train_clips, range(min(4 * cfg.fakes, len(train_clips)))))  # real video is coherent
@@ -586,8 +586,8 @@ def main():
     rows, videos = evaluate(cfg, net, estimate, disc, prompts, words, noise, sigmas, moments, device)
     if source == "procedural":
         common.score(rows, videos, prompts, ("base", "words", "random"))
-    shown = stack(test_clips, range(min(cfg.prompts, len(test_clips))))
-    pictures(cfg, out, videos | {"real": shown}, estimate, saved["log"], device)
+    videos["real"] = stack(test_clips, range(min(cfg.prompts, len(test_clips))))
+    pictures(cfg, out, videos, estimate, saved["log"], device)
     dataset = dict(name=cfg.dataset, source=source, clips=[len(train_clips), len(test_clips)], size=cfg.size)
     common.write_results(out, "motionprompt", cfg, dataset, rows, began, discriminator=quality)
     print("\ndiscriminator, held out:", ", ".join(f"{k} {v:.2f}" for k, v in quality.items() if k != "calibration"))
