@@ -1,11 +1,14 @@
 """Speed, as ratios measured in one run: python tests/bench.py [part of a line's name ...]
 
-Every line says what it must be. Peers (diffusers, torchode) are optional: pip install diffusers torchode. On a GPU the
-networks are compared in bf16 and compiled, with the `small` preset. Not a test: a busy machine proves nothing.
+Every line says what it must be, if anything. Peers (diffusers, torchode) are optional: pip install diffusers torchode.
+On a GPU the networks are compared in bf16 and compiled, with the `small` preset. Not a test: a busy machine proves
+nothing.
 """
+import contextlib
 import gc
 import io
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +23,7 @@ import biflow  # noqa: E402
 import common  # noqa: E402
 import flowloss  # noqa: E402
 import flowmo  # noqa: E402
+import motionprompt  # noqa: E402
 
 DEVICE = common.pick_device("auto")
 GPU = DEVICE.type == "cuda"
@@ -267,6 +271,83 @@ def kept_by(make):
     return total[0] / 12
 
 
+@bench
+def optimised_tokens():
+    """MotionPrompt against direct latent guidance at the same number of inner steps, and against plain sampling."""
+    cfg = motionprompt.Config(**motionprompt.PRESETS["small" if GPU else "tiny"])
+    torch.manual_seed(0)
+    text, video = motionprompt.TextEncoder(16, 8, cfg.width), \
+        motionprompt.VideoNet(8, cfg.size, cfg.frames, cfg.width, cfg.layers, cfg.amp)
+    raft, disc = motionprompt.TinyRAFT(), motionprompt.Discriminator(cfg.size)
+    net = torch.nn.ModuleDict(dict(text=text, video=video, raft=raft, disc=disc)).to(DEVICE)
+    net.eval().requires_grad_(False)
+    x = 80 * torch.randn(16, 3, cfg.frames, cfg.size, cfg.size, device=DEVICE)
+    prompt, start = torch.randn(16, 8, cfg.width, device=DEVICE), torch.randn(16, 2, cfg.width, device=DEVICE)
+    plain = motionprompt.denoiser(net)
+    guided, sigmas = motionprompt.prompted(plain, text(prompt[:1]), 1.0), common.karras_sigmas(4, low=0.02)
+    weights, tools = (1.0, 0.1, 0.01), (lambda v: v, motionprompt.estimator(raft, cfg.size), disc, range(2), 4)
+    pairs = lambda n: motionprompt.random_pairs(n, cfg.frames, cfg.pairs, cfg.gap, torch.Generator().manual_seed(0))
+    runs = (lambda: motionprompt.euler(guided, x, sigmas, lambda *_: text(prompt)),
+            lambda: motionprompt.motionprompt(guided, text, prompt, start, x, sigmas, *tools, 0.1, weights,
+                                              pairs, inner=plain),
+            lambda: motionprompt.latent_guidance(guided, text(prompt), x, sigmas, *tools, 0.05, weights, pairs))
+    times, memory = versus(*runs, rounds=3), [kept_by(lambda: run) for run in runs]
+    counts = [4, 4 + 8 * 2 * 0.5, 4 + 8 * 2]  # a backward pass counts as one; without guidance by the prompt half of it
+    note = f"{times[0] / 4 * 1e3:.0f} ms a plain step of 16 videos, 8 inner steps in 4"
+    for name, k in (("tokens", 1), ("latent", 2)):
+        ratio = times[k] / times[0]
+        yield f"{name} / plain sampling, over the count's {counts[k] / 4:.0f}", ratio / (counts[k] / 4), "<= 1.15", note
+    yield "tokens / latent guidance, time", times[1] / times[2], "<= 1", note
+    yield "tokens / latent guidance, activations kept", memory[1] / memory[2], "<= 1", \
+        f"{memory[1] * 1.5 / 2**20:.0f} against {memory[2] * 1.5 / 2**20:.0f} MB an inner step"
+
+
+@bench
+def training():
+    """Steps a second of the training loops, as the scripts run them."""
+    found = {}
+
+    def stage(name, until, parts, step, **_):
+        step(1)
+        found[name] = 6 / clock(lambda: [step(k) for k in range(2, 8)])
+    preset = "small" if GPU else "tiny"
+    loss, mo = flowloss.Config(**flowloss.PRESETS[preset]), flowmo.Config(**{**flowmo.PRESETS[preset], "clips": 200})
+    mp = motionprompt.Config(**{**motionprompt.PRESETS[preset], "clips": 200})
+    with contextlib.redirect_stdout(io.StringIO()):
+        clips, _, captions, _, words, length, _ = common.load_captioned(mo)
+    text, moments = common.encode(captions, words, length + 2), common.moments(clips)
+    flowloss.train_raft(loss, stage, DEVICE)
+    flowloss.train_base(loss, stage, moments, DEVICE)
+    yield "flowloss.py: steps/s, tiny RAFT", found["raft"], "", f"16 pairs, {loss.size} px"
+    yield "flowloss.py: steps/s, base model", found["base"], "", f"{loss.batch} clips of {loss.frames}, {loss.size} px"
+    shape = mo.size, mo.frames, mo.width, mo.layers, mo.amp
+    net = flowmo.TextToVideo(len(words) + 1, length + 2, *shape).to(DEVICE)
+    flowmo.train(mo, stage, net, common.averaged(net, mo.ema), clips, text, moments, DEVICE)
+    yield "flowmo.py: steps/s", found["train"], "", f"{mo.batch} clips of {mo.frames}, {mo.size} px"
+    net = torch.nn.ModuleDict(dict(text=motionprompt.TextEncoder(len(words) + 1, length + 2, mp.width),
+                                   video=motionprompt.VideoNet(length + 2, *shape))).to(DEVICE)
+    motionprompt.train_video(mp, stage, net, common.averaged(net, mp.ema), clips, text, moments, DEVICE)
+    yield "motionprompt.py: steps/s, video model", found["video"], "", f"{mp.batch} clips of {mp.frames}, {mp.size} px"
+    estimate = motionprompt.estimator(motionprompt.train_raft(mp, stage, DEVICE), mp.size)
+    some = torch.stack([clips.frames(k, 0, mp.frames) for k in range(64)])
+    motionprompt.train_discriminator(mp, stage, some, some, estimate, DEVICE)
+    yield "motionprompt.py: steps/s, discriminator", found["disc"], "", "64 pairs of frames"
+
+
+@bench
+def memory():
+    """The most memory that a short run of each script's default takes: of the whole process, not of a GPU."""
+    short = {"biflow": "--iters 2 --streams 2 --frames 40", "flowmo": "--iters 2 --prompts 32",
+             "flowloss": "--raft_iters 2 --base_iters 2 --iters 2", "motionprompt":
+             "--raft_iters 2 --iters 2 --disc_iters 2 --fakes 8 --prompts 32"}
+    for script, flags in short.items():
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, Path(__file__).parents[1] / f"{script}.py", *flags.split()]
+            run = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            _, status, usage = os.wait4(run.pid, 0)
+        yield f"{script}.py: MB at most", usage.ru_maxrss / 1024 if status == 0 else None, "<= 8000", "whole process"
+
+
 def main(wanted):
     device = torch.cuda.get_device_name() if GPU else f"{torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {device}\n\n{'':50s}{'value':>10s}  must be")
@@ -274,7 +355,7 @@ def main(wanted):
         if wanted and not any(w in f.__name__ for w in wanted):
             continue
         for name, value, must, note in f():
-            sign, bound = must.split()
+            sign, bound = must.split() if must else (">=", "-inf")
             holds = value is None or (value <= float(bound) if "<" in sign else value >= float(bound))
             shown = "skipped" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
             print(f"{name:50s}{shown:>10s}  {must:8s}{'' if holds else 'NOT MET'}  {note}", flush=True)

@@ -369,3 +369,15 @@ def test_sheet_gif_and_curves_show_what_they_are_given(tmp_path):
         inks = {c for _, c in chart.getcolors(1 << 16)}
         assert chart.size == (600, 200) and {(214, 39, 40), (31, 119, 180)} <= inks  # both lines are drawn
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gif", "c.png"]
+
+
+def test_a_training_step_cuts_the_gradient_and_keeps_the_rates_of_its_groups():
+    net = torch.nn.ModuleList([torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)])
+    before = [p.item() for p in net.parameters()]
+    groups = [dict(params=net[0].parameters()), dict(params=net[1].parameters(), lr=0.1)]
+    optimiser = torch.optim.SGD(groups, lr=1.0)
+    for share in (0.5, 0.5):  # a second time: of the rates it was made with, not of the last ones
+        common.descend(300 * net[0].weight.sum() + 400 * net[1].weight.sum(), net, optimiser, share)
+    moved = [a - b.item() for a, b in zip(before, net.parameters())]
+    assert moved == pytest.approx([2 * 0.5 * 0.6, 2 * 0.05 * 0.8])  # the gradient (300, 400) cut to (0.6, 0.8)
+    assert [common.warm_decay(k, 1000) for k in (50, 100, 600, 1000)] == pytest.approx([0.5, 1, 1, 0.01])

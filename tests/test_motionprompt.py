@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 
 import common
 import flowloss
@@ -230,6 +231,22 @@ def test_the_discriminator_tells_flows_that_differ_from_flows_that_do_not():
         real, fake = draw(4000)
         return ((net(real) > 0).float().mean() + (net(fake) <= 0).float().mean()).item() / 2
     assert accuracy(1.0) > 0.9 and abs(accuracy(0.0) - 0.5) < 0.2
+
+
+def test_a_large_vit_sees_the_flow_as_an_image_and_passes_gradients_on(run, monkeypatch):
+    seen = []
+    large = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 1000))
+    large.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    flow = randn(5, 2, 16, 16).requires_grad_()
+    logit = motionprompt.Discriminator(16, large)(flow)
+    assert logit.shape == (5,) and seen[0].shape == (5, 3, 224, 224) and (seen[0][:, 2] == 0).all()
+    assert torch.autograd.grad(logit.sum(), flow)[0].abs().sum() > 0
+
+    def offline(weights):
+        raise OSError("no network")
+    monkeypatch.setattr(torchvision.models, "vit_b_16", offline)
+    status, _, err = run("--vit", "vit_b_16")
+    assert status == 2 and "--vit vit_b_16: its weights cannot be downloaded (no network); use --vit tiny" in err
 
 
 def test_flow_of_small_clips_is_in_their_own_pixels():
