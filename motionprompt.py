@@ -572,15 +572,15 @@ def main():
                 for a in tqdm(range(0, len(asked), 32), "generating clips for the discriminator", leave=False)]
         saved["fakes"] = to_uint8(torch.cat(made).cpu() * moments[1] + moments[0]).transpose(1, 2).contiguous()
     fakes, kept = saved["fakes"], int(0.75 * len(saved["fakes"]))
-    steady = lambda clips: clips if source == "real" else clips[common.coherent(common.track(clips))]
-    real = steady(stack(train_clips, range(min(4 * cfg.fakes, len(train_clips)))))  # real video is coherent
-    disc = train_discriminator(cfg, stage, real, fakes[:kept], estimate, device)
-    held_out = steady(stack(test_clips, range(min(cfg.fakes, len(test_clips))))), fakes[kept:]
-    phi = [scores(cfg, disc, v, estimate, device) for v in held_out]
-    quality = dict(real=(phi[0] > 0.5).float().mean().item(), generated=(phi[1] <= 0.5).float().mean().item())
-    quality |= dict(balanced=sum(quality.values()) / 2, calibration=common.calibration(*phi))
-    if source == "procedural":
-        quality["auc_coherent"] = common.auc(phi[1].mean(1), common.coherent(common.track(fakes[kept:])))
+    whole = lambda clips: common.coherent(common.track(clips)) if source == "procedural" else torch.ones(len(clips)) > 0
+    real = stack(train_clips, range(min(4 * cfg.fakes, len(train_clips))))
+    disc = train_discriminator(cfg, stage, real[whole(real)], fakes[:kept], estimate, device)  # real video is coherent
+    held_out = stack(test_clips, range(min(cfg.fakes, len(test_clips)))), fakes[kept:]
+    phi, good = [scores(cfg, disc, v, estimate, device) for v in held_out], [whole(v) for v in held_out]
+    quality = dict(real=(phi[0][good[0]] > 0.5).float().mean().item(), generated=(phi[1] <= 0.5).float().mean().item())
+    quality |= dict(balanced=sum(quality.values()) / 2, calibration=common.calibration(phi[0][good[0]], phi[1]))
+    if source == "procedural":  # does phi rank coherent clips above the others?
+        quality |= {f"auc_{k}": common.auc(p.mean(1), g) for k, p, g in zip(("real", "generated"), phi, good)}
     prompts = [plain(test_captions[k % len(test_captions)]) for k in range(cfg.prompts)]
     noise = torch.randn(cfg.prompts, 3, cfg.frames, cfg.size, cfg.size, generator=dice(cfg.seed, 4, 0))
     rows, videos = evaluate(cfg, net, estimate, disc, prompts, words, noise, sigmas, moments, device)
