@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -27,6 +28,7 @@ torch.set_num_threads(1)  # a plugin may have imported it before the line above
 def runner(monkeypatch, tmp_path, capsys):
     """runner(script) -> run(*more) -> (exit status, stdout, stderr), in this process and an empty folder."""
     monkeypatch.chdir(tmp_path)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C
     locks, open_run = [], common.open_run
 
     def open_and_note(*args):
@@ -48,4 +50,5 @@ def runner(monkeypatch, tmp_path, capsys):
                     os.close(locks.pop())  # as the end of a process does
             return status, *capsys.readouterr()
         return run
-    return of
+    yield of
+    signal.signal(signal.SIGINT, handler)
