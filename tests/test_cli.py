@@ -1,4 +1,6 @@
 """biflow.py as it is run: end to end, interrupted, resumed, evaluated again, and given bad input."""
+import dataclasses
+import importlib
 import json
 import os
 import re
@@ -243,3 +245,14 @@ def test_a_checkpoint_of_another_config_or_a_corrupt_one_is_refused_and_left_alo
     for flag in ("--eval_only", "--resume"):
         refused(run("--out_dir", out, flag, "--iters", 6), "ckpt.pt is not a readable checkpoint")
     assert content(out) == before | {"ckpt.pt": before["ckpt.pt"][:5000]}
+
+
+def test_the_readme_shows_pictures_that_are_there_and_flags_that_exist():
+    readme = (ROOT / "README.md").read_text()
+    shown, kept = set(re.findall(r"\]\((assets/[^)]+)\)", readme)), list((ROOT / "assets").iterdir())
+    assert shown == {f"assets/{p.name}" for p in kept} and sum(p.stat().st_size for p in kept) < 4e6
+    commands = re.findall(r"python (biflow|flowloss|flowmo|motionprompt)\.py((?: --\w+(?: [^\s#`-][^\s#`]*)?)*)", readme)
+    assert {script for script, _ in commands} == {"biflow", "flowloss", "flowmo", "motionprompt"}
+    for script, flags in commands:
+        known = {f.name for f in dataclasses.fields(importlib.import_module(script).Config)} | {"help"}
+        assert set(re.findall(r"--(\w+)", flags)) <= known, (script, flags)
