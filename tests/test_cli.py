@@ -251,7 +251,8 @@ def test_the_readme_shows_pictures_that_are_there_and_flags_that_exist():
     readme = (ROOT / "README.md").read_text()
     shown, kept = set(re.findall(r"\]\((assets/[^)]+)\)", readme)), list((ROOT / "assets").iterdir())
     assert shown == {f"assets/{p.name}" for p in kept} and sum(p.stat().st_size for p in kept) < 4e6
-    commands = re.findall(r"python (biflow|flowloss|flowmo|motionprompt)\.py((?: --\w+(?: [^\s#`-][^\s#`]*)?)*)", readme)
+    flags = r"((?: --\w+(?: [^\s#`-][^\s#`]*)?)*)"
+    commands = re.findall(rf"python (biflow|flowloss|flowmo|motionprompt)\.py{flags}", readme)
     assert {script for script, _ in commands} == {"biflow", "flowloss", "flowmo", "motionprompt"}
     for script, flags in commands:
         known = {f.name for f in dataclasses.fields(importlib.import_module(script).Config)} | {"help"}
