@@ -236,7 +236,7 @@ def test_a_world_is_a_function_of_seed_split_and_index_and_never_repeats(name):
     clips = [c.numpy().tobytes() for w in (a, test, other) for c in w.cache]
     assert len(set(clips)) == len(clips)
     for clip in a.cache:
-        assert name == "shapes" or (clip[1:] != clip[:-1]).flatten(1).any(1).all()  # every frame moves on; shapes may rest
+        assert name == "shapes" or (clip[1:] != clip[:-1]).flatten(1).any(1).all()  # all move on; shapes may rest
         assert clip.float().std() > 15  # and shows something
 
 
