@@ -16,7 +16,7 @@ at the worst place it varies less. Nothing is trained for it. The paper's equati
 A first Adam step divides the gradient by its own size, so every element of z moves by eta: a sign step. That is the
 paper's algorithm and our default; Eq. 9 as it is printed, the released code and the paper's ablations are other rows.
 
-    python flowmo.py                                  # two CPU cores: about 15 minutes; a GPU: the `small` preset
+    python flowmo.py                                  # two CPU cores: about 9 minutes; a GPU: the `small` preset
     python flowmo.py --eval_only --eta 0.03           # other guidance, same model: two minutes
     python flowmo.py --eval_only --methods all        # all variants and ablations
 
