@@ -473,7 +473,7 @@ def evaluate(cfg, net, estimate, disc, prompts, vocabulary, noise, sigmas, momen
                 if step not in guided or name == "base":
                     return text(prompt)
                 away = torch.randn(start.shape, generator=g).to(start) * (name == "random")
-                far = moved[a, step] / away.flatten(1).norm(dim=1) if name == "random" else start.new_zeros(len(x))
+                far = moved.get((a, step), start.new_zeros(len(x))) / away.flatten(1).norm(dim=1).clamp(min=1e-12)
                 return text(prompt, start + like(far, away) * away)
             watch = lambda step, T: moved.setdefault((a, step), (T - start).flatten(1).norm(dim=1))
             if name in kinds:

@@ -321,6 +321,13 @@ def test_a_run_writes_all_resumes_bit_for_bit_and_repeats_its_numbers(run, tmp_p
         assert {k: row[k] for k in same} == {k: before[k] for k in same}
 
 
+def test_without_optimisation_the_tokens_are_the_words(run, tmp_path):
+    assert run("--K", 0, "--methods", "words,motionprompt,random")[0] == 0
+    rows = numbers(tmp_path / "out" / "motionprompt-sprites-procedural")
+    same = [{k: v for k, v in r.items() if k != "method" and not k.startswith("coherent_ci")} for r in rows]
+    assert same[0] == same[2] and rows[1]["evaluations"] == rows[0]["evaluations"]
+
+
 @pytest.mark.parametrize("flags, says", [
     ("--methods best", "--methods best: 'best' is unknown"), ("--methods base,random", "name that one before it"),
     ("--tokens sharp", "--tokens sharp: 'sharp' is in no caption"), ("--tokens a,a,a,a", "at most 3 words"),
