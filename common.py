@@ -979,7 +979,7 @@ def save_curves(path, panels, size=(470, 330)):
     for k, panel in enumerate(panels):
         x0, x1, y0, y1 = k * size[0] + 58, (k + 1) * size[0] - 12, size[1] - 42, 28
         warp = (lambda v: math.log10(max(v, 1e-9))) if panel.get("log") else float
-        points = [(x, warp(y)) for xs, ys in panel["lines"].values() for x, y in zip(xs, ys)]
+        points = [(x, warp(y)) for xs, ys in panel["lines"].values() for x, y in zip(xs, ys)] or [(0.0, 0.0)]
         (left, right), (low, high) = ((min(p), max(p)) for p in zip(*points))
         right, high = right + (right == left), high + 0.05 * (high - low) + 1e-9
         place = lambda x, y: (x0 + (x - left) / (right - left) * (x1 - x0),

@@ -364,10 +364,10 @@ def test_sheet_gif_and_curves_show_what_they_are_given(tmp_path):
         assert gif.n_frames == 3 and gif.size == page.size
     panel = dict(title="t", x="x", y="y", lines={"up": ([0, 1, 2], [1, 10, 100]), "dot": ([1], [1e-12])}, log=True)
     flat = dict(panel, log=False, lines={"flat": ([0, 1], [3, 3])})
-    common.save_curves(tmp_path / "c.png", [panel, flat], size=(300, 200))
+    common.save_curves(tmp_path / "c.png", [panel, flat, dict(flat, lines={})], size=(300, 200))
     with Image.open(tmp_path / "c.png") as chart:
         inks = {c for _, c in chart.getcolors(1 << 16)}
-        assert chart.size == (600, 200) and {(214, 39, 40), (31, 119, 180)} <= inks  # both lines are drawn
+        assert chart.size == (900, 200) and {(214, 39, 40), (31, 119, 180)} <= inks  # both lines are drawn
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gif", "c.png"]
 
 
