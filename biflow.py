@@ -34,7 +34,7 @@ from torch import nn
 from tqdm import tqdm
 
 import common
-from common import Fault, averaged, cut, feature_fn, frechet, like, opt, to_float, to_uint8
+from common import Fault, averaged, cut, frechet, like, opt, to_float, to_uint8
 
 @dataclass
 class Config:
@@ -315,6 +315,22 @@ def losses(method, net, x0, x1, t, alpha, n):
     return {method: flow_loss(f, x0, x1, t) if method == "flow" else condiff_loss(f, x0, x1, alpha, n)}
 
 # ----------------------------------------------------------------------------------------------- train, evaluate
+def feature_fn(name, device):
+    """(features(uint8 (N, T, 3, H, W)) -> (N, D) float64, frames T of a clip) for --features. Raises Fault."""
+    if name == "own":
+        return common.own_features, 8
+    if name == "r3d_18":
+        from torchvision.models.video import R3D_18_Weights, r3d_18
+        net = common.pretrained(r3d_18, "--features r3d_18", "--features own").eval().to(device)
+        net.fc, prepare = nn.Identity(), R3D_18_Weights.KINETICS400_V1.transforms()
+        return (lambda v: torch.cat([net(prepare(c)) for c in v.split(8)]).cpu().double()), 16
+    try:
+        net = torch.jit.load(name, map_location=device).eval()
+    except (RuntimeError, ValueError) as e:
+        raise Fault(f"--features {name}: neither own, r3d_18 nor a TorchScript file ({str(e).strip().splitlines()[0]})")
+    keywords = dict(rescale=True, resize=True, return_features=True)  # of the usual i3d_torchscript.pt, on 0..255
+    return (lambda v: torch.cat([net(c.float().transpose(1, 2), **keywords) for c in v.split(8)]).cpu().double()), 32
+
 def real_clips(clips, length, count, seed):
     """Up to `count` clips of `length` frames, drawn without repetition from a split. Raises Fault if there are none."""
     places = [(i, a) for i, n in enumerate(clips.lengths) for a in range(0, n - length + 1, length)]

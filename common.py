@@ -688,6 +688,13 @@ def warm_decay(k, until):
     """The share at step k: up over 100 steps, and down to 1 % over the last 40 % of `until`."""
     return min(1, k / 100, 0.01 + (until - k) / (0.4 * until))
 
+def pretrained(make, flag, instead):
+    """A network of torchvision with its best weights: make(weights="DEFAULT"). Raises Fault if they cannot be had."""
+    try:
+        return make(weights="DEFAULT")
+    except OSError as e:  # URLError is one
+        raise Fault(f"{flag}: its weights cannot be downloaded ({e}); use {instead}")
+
 # ---------------------------------------------------------------------------------------------- noise levels
 def like(s, x):
     """Per-sample scalars s (B,) shaped to broadcast over x (B, ...)."""
@@ -731,13 +738,6 @@ def sample_edm(denoise, x, sigmas, heun=True):
     return x
 
 # ---------------------------------------------------------------------------------------------- Frechet distance
-def pretrained(make, flag, instead):
-    """A network of torchvision with its best weights: make(weights="DEFAULT"). Raises Fault if they cannot be had."""
-    try:
-        return make(weights="DEFAULT")
-    except OSError as e:  # URLError is one
-        raise Fault(f"{flag}: its weights cannot be downloaded ({e}); use {instead}")
-
 def own_features(video):
     """Fixed, seeded, motion-sensitive features of short clips: uint8 (N, T > 4, 3, H, W) -> (N, 46) float64.
 
@@ -758,22 +758,6 @@ def own_features(video):
         out += [2 * ((dt * g).mean((1, 2, 3, 4)) / (energy(dt) * energy(g)).sqrt())[:, None] for g in (gx, gy)]
         x = F.avg_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
     return torch.cat(out, 1).cpu().double()  # MPS has no float64
-
-def feature_fn(name, device):
-    """(features(uint8 (N, T, 3, H, W)) -> (N, D) float64, frames T of a clip) for --features. Raises Fault."""
-    if name == "own":
-        return own_features, 8
-    if name == "r3d_18":
-        from torchvision.models.video import R3D_18_Weights, r3d_18
-        net = pretrained(r3d_18, "--features r3d_18", "--features own").eval().to(device)
-        net.fc, prepare = nn.Identity(), R3D_18_Weights.KINETICS400_V1.transforms()
-        return (lambda v: torch.cat([net(prepare(c)) for c in v.split(8)]).cpu().double()), 16
-    try:
-        net = torch.jit.load(name, map_location=device).eval()
-    except (RuntimeError, ValueError) as e:
-        raise Fault(f"--features {name}: neither own, r3d_18 nor a TorchScript file ({str(e).strip().splitlines()[0]})")
-    keywords = dict(rescale=True, resize=True, return_features=True)  # of the usual i3d_torchscript.pt, on 0..255
-    return (lambda v: torch.cat([net(c.float().transpose(1, 2), **keywords) for c in v.split(8)]).cpu().double()), 32
 
 def frechet(a, b):
     """Frechet distance of two sets of features (N, D), (M, D): |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))."""

@@ -380,7 +380,7 @@ class Stub(nn.Module):
 @pytest.mark.filterwarnings("ignore:.*torch.jit")  # deprecated, but what I3D is handed around in
 def test_features_from_a_torchscript_file(tmp_path):
     torch.jit.script(Stub()).save(tmp_path / "i3d.pt")
-    features, length = common.feature_fn(str(tmp_path / "i3d.pt"), "cpu")
+    features, length = biflow.feature_fn(str(tmp_path / "i3d.pt"), "cpu")
     video = torch.arange(11 * 32 * 3).remainder(251).to(torch.uint8).view(11, 32, 3, 1, 1).expand(-1, -1, -1, 4, 4)
     got = features(video)
     assert length == 32 and got.dtype == torch.float64
@@ -388,7 +388,7 @@ def test_features_from_a_torchscript_file(tmp_path):
     (tmp_path / "text.pt").write_text("no network")
     for name in ("text.pt", "missing.pt"):
         with pytest.raises(Fault, match=f"--features .*{name}: neither own, r3d_18 nor a TorchScript file"):
-            common.feature_fn(str(tmp_path / name), "cpu")
+            biflow.feature_fn(str(tmp_path / name), "cpu")
 
 
 def test_weights_that_cannot_be_downloaded_are_a_fault(monkeypatch, tmp_path):
@@ -397,7 +397,7 @@ def test_weights_that_cannot_be_downloaded_are_a_fault(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", offline)
     with pytest.raises(Fault, match="--features r3d_18: its weights cannot be downloaded .*use --features own"):
-        common.feature_fn("r3d_18", "cpu")
+        biflow.feature_fn("r3d_18", "cpu")
 
 
 def test_real_clips_are_drawn_without_repetition_and_too_few_are_a_fault():

@@ -2,7 +2,6 @@
 import itertools
 import json
 import math
-import signal
 
 import numpy as np
 import pytest
@@ -275,17 +274,12 @@ def run(runner):
     return runner(flowmo)
 
 
-def weights(out):
-    parts = torch.load(out / "ckpt.pt", weights_only=True)["train"]["parts"]
-    return {(n, k): v for n in ("net", "average") for k, v in parts[n].items()}
-
-
 CLOCK = ("s_per_video", "cost_ratio")
 numbers = lambda folder: [{k: v for k, v in r.items() if k not in CLOCK}
                           for r in json.loads((folder / "results.json").read_text())["rows"]]
 
 
-def test_a_run_writes_all_resumes_bit_for_bit_and_repeats_its_numbers(run, tmp_path, monkeypatch):
+def test_a_run_writes_all_and_repeats_its_numbers(run, tmp_path):
     status, text, err = run("--out_dir", "a", "--methods", "all")
     assert status == 0, err
     files = "config.json log.csv ckpt.pt samples.gif sheet.png estimates.png curves.png results.json"
@@ -297,20 +291,6 @@ def test_a_run_writes_all_resumes_bit_for_bit_and_repeats_its_numbers(run, tmp_p
     assert set(keys.split()) <= rows[0].keys()
     evals = {r["method"]: r["evaluations"] for r in rows}
     assert evals["base"] == 4 and evals["flowmo"] == evals["steps"] == 8 and evals["flowmo-norefresh"] == 6
-    with monkeypatch.context() as m:  # a Ctrl-C in the third step
-        calls, real = [], flowmo.flow_matching_loss
-
-        def interrupted(*args):
-            calls.append(0)
-            if len(calls) == 3:
-                signal.raise_signal(signal.SIGINT)
-            return real(*args)
-        m.setattr(flowmo, "flow_matching_loss", interrupted)
-        assert run("--out_dir", "b", "--methods", "all")[0] == 130
-    assert run("--out_dir", "b", "--methods", "all", "--resume")[0] == 0
-    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert numbers(tmp_path / "b") == rows
     assert run("--out_dir", "a", "--methods", "base,flowmo", "--eval_only")[0] == 0
     by_name = {r["method"]: r for r in rows}
     for r in numbers(tmp_path / "a"):  # whatever else is sampled; but for the comparison with what was not
