@@ -44,7 +44,7 @@ class Config:
     iters: int = opt(3500, "training steps, each on one batch shared by all methods", 0, 10**8)
     batch: int = opt(16, "pairs of frames in a batch", 1, 65536)
     size: int = opt(32, "height and width of a frame, pixels; a multiple of 2^levels x patch", 16, 1024)
-    seed: int = opt(0, "of weights, data order, noise and first frames", 0, 2**31)
+    seed: int = opt(0, "of weights, data order, noise and first frames", 0, 2**29)
     device: str = opt("auto", "auto, cpu, cuda, mps")
     out_dir: str = opt("", "folder to write; empty: out/biflow-DATASET[-procedural]")
     resume: bool = opt(False, "continue the run in the output folder, bit for bit on CPU")
@@ -163,7 +163,7 @@ def solve_heun(field, x, args=(), start=0.0, end=1.0, atol=1e-2, rtol=1e-2, max_
     if start == end:
         return x, *torch.zeros(2, len(x), dtype=torch.long, device=x.device)
     x, k = x.clone(), x.new_full((len(x),), start)
-    evals, accepted = torch.tensor([[2], [0]], device=x.device).repeat(1, len(x))
+    evals, accepted = torch.tensor([[2], [0]], device=x.device).repeat(1, len(x))  # two: slope, and the one in d2
     slope, scale = field(x, k, *args).clone(), atol + rtol * x.abs()
     d0, d1 = rms(x / scale), rms(slope / scale)
     h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1).clamp(max=span)
@@ -171,6 +171,7 @@ def solve_heun(field, x, args=(), start=0.0, end=1.0, atol=1e-2, rtol=1e-2, max_
     top = torch.maximum(d1, d2)
     h = torch.minimum(100 * h0, torch.where(top <= 1e-15, (1e-3 * h0).clamp(min=1e-6), (0.01 / top).sqrt()))
     live, known = torch.arange(len(x), device=x.device), torch.ones(len(x), dtype=torch.bool, device=x.device)
+    # live: the samples not yet at `end`, their number L; with a trailing underscore: theirs alone, (L, ...)
     while len(live):
         stale = live[~known[live]]  # those that moved, so that their slope is not known yet
         if len(stale):
@@ -188,7 +189,7 @@ def solve_heun(field, x, args=(), start=0.0, end=1.0, atol=1e-2, rtol=1e-2, max_
             raise FloatingPointError(f"the ODE solver broke down at k = {k_.min():.3g} after {evals.max()} evaluations")
         x[live] = torch.where(like(ok, x), new, x_)
         k[live] = torch.where(ok, k_ + h_, k_)
-        h[live] = h_.abs() * (0.9 * error.clamp(min=1e-12) ** -0.5).clamp(0.2, 10)
+        h[live] = h_.abs() * (0.9 * error.clamp(min=1e-12) ** -0.5).clamp(0.2, 10)  # safety, least and largest change
         known[live] = ~ok
         accepted[live] += ok
         live = live[~(ok & last)]
@@ -265,21 +266,21 @@ class UNet(nn.Module):
 
     def forward(self, x, t, alpha):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-            emb = F.silu(self.emb_t(sinusoids(t, self.width)) + self.emb_a(sinusoids(alpha, self.width)))
-            h, skips = self.inp(F.pixel_unshuffle(x, self.patch)), []
+            emb = F.silu(self.emb_t(sinusoids(t, self.width)) + self.emb_a(sinusoids(alpha, self.width)))  # (B, emb)
+            h, skips = self.inp(F.pixel_unshuffle(x, self.patch)), []  # (B, width, H / patch, W / patch)
             for layer in self.down:
                 if isinstance(layer, Block):
                     h = layer(h, emb)
                     skips.append(h)
                 else:
-                    h = layer(h)
-            h = self.mid(h, emb)
+                    h = layer(h)  # half as high and wide
+            h = self.mid(h, emb)  # (B, width mults[-1], H / fold, W / fold), fold = patch 2^(levels - 1)
             for layer in self.up:
                 if isinstance(layer, Block):
                     h = layer(torch.cat([h, skips.pop()], 1), emb)
                 else:
                     h = layer(F.interpolate(h, scale_factor=2.0, mode="nearest"))
-            return F.pixel_shuffle(self.out(h), self.patch).float()
+            return F.pixel_shuffle(self.out(h), self.patch).float()  # (B, cout, H, W)
 
 class Joint(nn.Module):
     """BI-FLOW's field (f_v, f_n): one network 3 -> 6, or two 3 -> 3."""
@@ -476,7 +477,7 @@ def pictures(out, rows, videos, log):
     at = sorted({round((frames - 1) * (k / 9) ** 1.6) for k in range(10)})
     label = lambda k: k.replace(" eps", "\neps").replace("real", "real\n(while it\nlasts)")
     lines = [(label(k), v[0][[a for a in at if a < v.shape[1]]]) for k, v in shown.items()]
-    lines += [("states from\nframe 0 + n\nto frame 1", between[0])] if between is not None else []
+    lines += [("states from\nframe 0\n+ eps n\nto frame 1", between[0])] if between is not None else []
     page = common.sheet(lines, at, scale=max(1, 64 // lines[0][1].shape[-1]))
     common.save_page(out / "sheet.png", page)
     four = lambda a: [(label(k), v[:4, min(a, v.shape[1] - 1)]) for k, v in shown.items()]

@@ -47,7 +47,8 @@ def parse_args(Config, presets, doc, argv=None):
         default = f", ".join(f"{p} {v.get(f.name, f.default)}" for p, v in presets.items()) \
             if any(f.name in v for v in presets.values()) else f.default
         text = f"{f.metadata['help']} [{default}]".replace("%", "%%")
-        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
+        kind = dict(type=f.type, metavar=f.type.__name__.upper())
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else kind  # --amp, --no-amp
         parser.add_argument(f"--{f.name}", default=MISSING, help=text, **kind)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not MISSING}
     preset = given.get("preset", "auto")
@@ -78,6 +79,16 @@ def check_names(cfg, name, known):
     for given in getattr(cfg, name).split(","):
         if given not in known:
             raise Fault(f"--{name} {getattr(cfg, name)}: {given!r} is unknown; choose from {','.join(known)}")
+
+def guided_steps(cfg):
+    """--guided, steps of a sampler counted from 0, as a set: '0-3,6' -> {0, 1, 2, 3, 6}. Raises Fault."""
+    try:
+        ends = [[int(n) for n in part.split("-")] for part in cfg.guided.split(",") if part]
+        found = {k for e in ends for k in range(e[0], e[-1] + 1)}
+        assert all(len(e) <= 2 for e in ends) and all(0 <= k < cfg.steps for k in found)
+    except (ValueError, AssertionError):
+        raise Fault(f"--guided {cfg.guided}: must be steps from 0 to {cfg.steps - 1} and ranges of them, as in 0-3,6")
+    return found
 
 def run(main):
     """Call main(); a Fault or Ctrl-C ends in one line instead of a traceback."""
@@ -881,8 +892,9 @@ def load_stages(path, script, cfg, must_fit, same_training, last, device):
     if not (cfg.resume or cfg.eval_only):
         return {"log": []}
     saved = load_checkpoint(path, script, cfg, must_fit + (same_training if cfg.resume else ()), device)
-    if cfg.eval_only and last[1] and saved.get(last[0], {}).get("step") != last[1]:
-        raise Fault(f"{path} is of a run that was interrupted: --resume finishes it")
+    done = saved.get(last[0], {}).get("step", 0)
+    if cfg.eval_only and done != last[1]:
+        raise Fault(f"{path} has {done} of {last[1]} steps of stage {last[0]}: --resume makes the others")
     return {k: v for k, v in saved.items() if k not in ("script", "config")}
 
 def stage(script, cfg, out, saved, name, until, parts, step, columns, watch=()):
@@ -905,8 +917,8 @@ def stage(script, cfg, out, saved, name, until, parts, step, columns, watch=()):
             broken = (~values.isfinite()).nonzero()
             if len(broken):
                 when, which = k - len(values) + 1 + int(broken[0, 0]), list(losses)[broken[0, 1]]
-                raise Fault(f"the loss {which} of stage {name} is not finite at step {when}; try a lower --lr; "
-                            f"{out / 'ckpt.pt'} is as it was before")
+                raise Fault(f"the loss {which} of stage {name} is not finite at step {when}; try a lower "
+                            f"learning rate; {out / 'ckpt.pt'} is as it was before")
             means = dict(zip(losses, values.mean(0).tolist()))
             saved["log"].append({"stage": name, "step": k} | {n: means.get(n, "") for n in columns}
                                 | {"seconds": round(time.time() - began, 2)})

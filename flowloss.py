@@ -47,7 +47,7 @@ class Config:
     batch: int = opt(4, "clips in a batch", 1, 65536)
     size: int = opt(32, "height and width of a frame, pixels; a multiple of 2^levels x patch, 24 at least", 24, 1024)
     frames: int = opt(16, "frames of a clip", 8, 256)
-    seed: int = opt(0, "of weights, data order and noise", 0, 2**31)
+    seed: int = opt(0, "of weights, data order and noise", 0, 2**29)
     device: str = opt("auto", "auto, cpu, cuda, mps")
     out_dir: str = opt("", "folder to write; empty: out/flowloss-DATASET[-procedural]")
     resume: bool = opt(False, "continue the run in the output folder, bit for bit on CPU")
@@ -275,13 +275,14 @@ class VideoUNet(nn.Module):
         sigma, first = like((4 * c_noise).exp(), x), first[:, :, None].expand_as(x)
         y = x * (sigma**2 + 1).sqrt()  # as it was before c_in
         apart = (y - first) / sigma  # where nothing moves this is the noise itself
-        rest = ((sigma * first - apart) / (sigma**2 + 1).sqrt()).clamp(-4, 4)  # the clamp: where things move it is huge
+        # EDM Eq. 7 with D = first, solved for F; the clamp, as it is huge where things move
+        rest = ((sigma * first - apart) / (sigma**2 + 1).sqrt()).clamp(-4, 4)  # (B, 3, T, H, W)
         mean = F.avg_pool3d(y, (1, 3, 3), 1, (0, 1, 1), count_include_pad=False)
-        x = torch.cat([x, first, apart.clamp(-5, 5), ((y - mean) / sigma).clamp(-5, 5)], 1)
+        x = torch.cat([x, first, apart.clamp(-5, 5), ((y - mean) / sigma).clamp(-5, 5)], 1)  # (B, 12, T, H, W)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             w = torch.exp(torch.linspace(0, math.log(100), self.width // 2, device=x.device)) * c_noise[:, None]
             emb = self.emb(torch.cat([w.sin(), w.cos()], 1))
-            x = fold(F.pixel_unshuffle, x)
+            x = fold(F.pixel_unshuffle, x)  # (B, 12 patch^2, T, H / patch, W / patch)
             place = torch.meshgrid(*(torch.linspace(-1, 1, n, device=x.device) for n in x.shape[2:]), indexing="ij")
             h, skips = self.inp(torch.cat([x, torch.stack(place).expand(len(x), -1, -1, -1, -1)], 1)), []
             for level, block in enumerate(self.down):
@@ -291,7 +292,7 @@ class VideoUNet(nn.Module):
             for level, block in enumerate(self.up):
                 h = F.interpolate(h, scale_factor=(1, 2, 2)) if level else h
                 h = block(torch.cat([h, skips.pop()], 1), emb)
-            out, mask = fold(F.pixel_shuffle, self.out(h)).float().split([3, 1], 1)
+            out, mask = fold(F.pixel_shuffle, self.out(h)).float().split([3, 1], 1)  # (B, 3 and 1, T, H, W)
             return out + mask.sigmoid() * (rest - out)
 
 # ----------------------------------------------------------------------------------------------- metrics
@@ -489,7 +490,8 @@ def by_noise(cfg, nets, estimate, clips, moments, device):
             sigma = y.new_full((len(y),), s)
             D = denoiser(net, y[:, :, 0])(noisy, sigma)
             found.setdefault(f"{o} recon", []).append(recon_loss(D, y, sigma).mean().item())
-            found.setdefault(f"{o} flow", []).append(flow_difference(estimate, decode(D), truth, i, j).mean().item())
+            apart = flow_difference(estimate, decode(D), truth, i, j, cfg.hidden)
+            found.setdefault(f"{o} flow", []).append(apart.mean().item())
     return found
 
 def pictures(cfg, out, rows, videos, flows, noise, estimate, moments):

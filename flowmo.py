@@ -47,7 +47,7 @@ class Config:
     batch: int = opt(16, "clips in a batch", 1, 65536)
     size: int = opt(16, "height and width of a frame, pixels; a multiple of 4", 8, 1024)
     frames: int = opt(8, "frames of a clip", 4, 256)
-    seed: int = opt(0, "of weights, data order, noise and prompts", 0, 2**31)
+    seed: int = opt(0, "of weights, data order, noise and prompts", 0, 2**29)
     device: str = opt("auto", "auto, cpu, cuda, mps")
     out_dir: str = opt("", "folder to write; empty: out/flowmo-DATASET[-procedural]")
     resume: bool = opt(False, "continue the run in the output folder, bit for bit on CPU")
@@ -90,8 +90,8 @@ def flowmo_loss(u, frames=2, channels=1, debias=True, over="max"):
     leaves Eq. 2 out, over="mean" averages over places: the paper's ablations. Needs three frames, or two without Eq. 2.
     A place of Wan's latent holds 8x8 pixels of four frames; in pixel space fold() gathers what is to count as one.
     """
-    d = u.diff(dim=frames).abs() if debias else u  # Eq. 2, Delta u
-    variance = d.var(frames, unbiased=False, keepdim=True)  # Eq. 3
+    d = u.diff(dim=frames).abs() if debias else u  # Eq. 2, Delta u: a frame less than u
+    variance = d.var(frames, unbiased=False, keepdim=True)  # Eq. 3: like u, one frame
     s = variance.mean(channels, keepdim=True).flatten(1)  # Eq. 7, (B, places)
     return s.amax(1) if over == "max" else s.mean(1)  # Eq. 8
 
@@ -102,9 +102,9 @@ def adam_direction(g):
 def flowmo_step(z, velocity, eta, loss=flowmo_loss, direction=adam_direction, of=lambda z, u: u, refresh=True):
     """One guided step before the sampler's own: the moved z and u there. FlowMo, Algorithm 1, lines 1 to 12; Eq. 9.
 
-    velocity(z) -> u, like z (B, ...), with guidance by text and all; it is called twice. loss(u) -> (B,); every video
-    has its own. direction: what Adam makes of the gradient; lambda g: g is Eq. 9 as printed. of(z, u): what the loss is
-    taken of. refresh=False keeps the u from before the move, as the released code does.
+    velocity(z) -> u, like z (B, ...), with guidance by text and all, called before the move and after. loss(u) -> (B,);
+    every video has its own. direction: what Adam makes of the gradient; lambda g: g is Eq. 9 as printed. of(z, u): what
+    the loss is taken of. refresh=False keeps the u from before, as the released code does.
     """
     with torch.enable_grad():
         z = z.detach().requires_grad_()
@@ -140,7 +140,8 @@ def sample(velocity, z, times, guide=None, guided=(), watch=None):
     """Euler steps from z at times[0] to times[-1]; in the steps `guided` guide(z, v, t) -> (z, u) comes first.
 
     velocity(z, t (B,)) -> u; watch(i, z, u, t) sees every step. Wan's solver, UniPC, is not used: its corrector goes
-    back to the latent of the step before, and 1 % of what guidance did is left. Eq. 6 as printed is no Euler step.
+    back to the latent of the step before, and little of what guidance did is left. Eq. 6 as printed, z <- (1 - t) z -
+    t u, is no Euler step.
     """
     with torch.no_grad():
         for i, (now, then) in enumerate(zip(times[:-1].tolist(), times[1:].tolist())):
@@ -296,20 +297,20 @@ def guidance(cfg, method):
 def evaluations(cfg, method):
     """Network evaluations a video: a backward pass to z counts as one (no weight has a gradient)."""
     more = 0 if guidance(cfg, method) is None else 1 if method == "flowmo-norefresh" else 2
-    return {"freeinit": 2 * cfg.steps, "steps": cfg.steps + 2 * len(guided_steps(cfg))}.get(
-        method, cfg.steps + more * len(guided_steps(cfg)))
+    return {"freeinit": 2 * cfg.steps, "steps": cfg.steps + 2 * len(common.guided_steps(cfg))}.get(
+        method, cfg.steps + more * len(common.guided_steps(cfg)))
 
 def evaluate(cfg, net, prompts, words, noise, moments, device):
     """Sample the same prompts and noise with every method: rows, videos, and by step of "base" the loss of Eq. 8."""
     rows, videos, spread, told = [], {}, {}, {}
-    grid, chosen = time_grid(cfg.steps, cfg.shift), guided_steps(cfg)
+    grid, chosen = time_grid(cfg.steps, cfg.shift), common.guided_steps(cfg)
     again, text = torch.randn(noise.shape, generator=dice(cfg.seed, 3, 1)), encode(prompts, words, net.length)
     for name in cfg.methods.split(","):
         guide, parts, seconds, looked = guidance(cfg, name), [], 0.0, []
         said = encode([p + ", steady" for p in prompts], words, net.length) if name == "steady" else text
         def watch(i, z, u, t):
             began = time.perf_counter()
-            note(spread, told, name, i, z, u, t)
+            note(spread, told, name, i, z, u, t, [int(n) for n in cfg.fold.split(",")])
             looked.append(time.perf_counter() - began)  # is not part of sampling
         for a in tqdm(range(0, len(noise), 32), f"sampling {name}", leave=False):
             z, velocity = noise[a:a + 32].to(device), prompted(net, said[a:a + 32].to(device), cfg.rho)
@@ -329,16 +330,18 @@ def evaluate(cfg, net, prompts, words, noise, moments, device):
                          patch_variance=flowmo_loss(z).mean().item()))
         if guide is None:
             rows[-1] |= dict(eta=None, guided_steps=0)
+    plain_s = next((r["s_per_video"] for r in rows if r["method"] == "base"), None)
     for row in rows:
-        row["cost_ratio"] = row["s_per_video"] / rows[0]["s_per_video"]
+        row["cost_ratio"] = plain_s and row["s_per_video"] / plain_s
     spread = {k: torch.cat(v) for k, v in spread.items()}  # (statistic, step): (N,)
     return rows, videos, spread, told
 
-def note(spread, told, name, i, z, u, t):
+def note(spread, told, name, i, z, u, t, guided):
     """Keep what the paper looks at, at step i: Eq. 8 of u and of the clean estimate (Eq. 4), by base; its pictures."""
     clean = z - t * u  # Eq. 4
     if name == "base":
-        for kind, value in (("u", u), ("u, folded", fold(u, 2, 4)), ("clean estimate", clean)):
+        for kind, value in (("u", u), ("u, --fold", fold(u, *guided)), ("u, 2x4x4", fold(u, 2, 4)),
+                            ("clean estimate", clean)):  # of single pixels, but for what is folded
             for over in ("max", "mean"):
                 spread.setdefault((f"{kind}, {over}", i), []).append(flowmo_loss(value, over=over).cpu())
     told.setdefault((name, i), clean[:1].cpu())
@@ -391,23 +394,13 @@ COLUMNS = {"method": ("method", ""), "coherent": ("coherent", ".3f"), "coherent_
 MUST_FIT = ("dataset", "size", "frames", "width", "layers", "clips", "seed")
 SAME_TRAINING = ("batch", "iters", "lr", "ema", "drop", "amp")
 
-def guided_steps(cfg):
-    """--guided as a set: '0-3,6' -> {0, 1, 2, 3, 6}. Raises Fault."""
-    try:
-        ends = [[int(n) for n in part.split("-")] for part in cfg.guided.split(",") if part]
-        found = {k for e in ends for k in range(e[0], e[-1] + 1)}
-        assert all(len(e) <= 2 for e in ends) and all(0 <= k < cfg.steps for k in found)
-    except (ValueError, AssertionError):
-        raise Fault(f"--guided {cfg.guided}: must be steps from 0 to {cfg.steps - 1} and ranges of them, as in 0-3,6")
-    return found
-
 def check(cfg):
     """What single values cannot tell. Raises Fault."""
     if cfg.methods == "all":
         cfg.methods = ",".join(METHODS)
     common.check_names(cfg, "methods", METHODS)
     common.check_list(cfg, "fold", int, 1, 64)
-    guided_steps(cfg)
+    common.guided_steps(cfg)
     if cfg.size % 4 or cfg.width % 32:
         raise Fault(f"--size {cfg.size} must be a multiple of 4, --width {cfg.width} one of 32")
     fold = [int(n) for n in cfg.fold.split(",")]

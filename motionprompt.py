@@ -46,7 +46,7 @@ class Config:
     batch: int = opt(16, "clips in a batch", 1, 65536)
     size: int = opt(16, "height and width of a frame, pixels; a multiple of 4", 8, 1024)
     frames: int = opt(8, "frames of a clip", 4, 256)
-    seed: int = opt(0, "of weights, data order, noise and prompts", 0, 2**31)
+    seed: int = opt(0, "of weights, data order, noise and prompts", 0, 2**29)
     device: str = opt("auto", "auto, cpu, cuda, mps")
     out_dir: str = opt("", "folder to write; empty: out/motionprompt-DATASET[-procedural]")
     resume: bool = opt(False, "continue the run in the output folder, bit for bit on CPU")
@@ -60,6 +60,7 @@ class Config:
     lambda1: float = opt(1.0, "weight of the discriminator's log(1 - phi)", 0, 10**6)
     lambda2: float = opt(0.1, "weight of the flow's total variation, per pixel of flow", 0, 10**6)
     lambda3: float = opt(0.01, "weight of the distance of the tokens from where they started", 0, 10**6)
+    guided: str = opt("", "steps with tokens, counted from 0: numbers and ranges; empty: the first half, as the paper")
     pairs: int = opt(2, "random pairs of frames at every optimisation step", 1, 256)
     gap: int = opt(3, "frames between the two of a pair, at most", 1, 255)
     keep: bool = opt(False, "carry the tokens from one step of the sampler to the next, instead of starting afresh")
@@ -288,8 +289,7 @@ class Attention(nn.Module):
         self.norm, self.emb = nn.LayerNorm(d, elementwise_affine=False), nn.Linear(d, 6 * d)
         self.attend = nn.MultiheadAttention(d, d // 32, batch_first=True)
         self.wide, self.back = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
-        for p in self.emb.parameters():
-            nn.init.zeros_(p)
+        for p in self.emb.parameters(): nn.init.zeros_(p)
     def forward(self, x, emb):  # (B, N, d)
         scale1, shift1, gate1, scale2, shift2, gate2 = self.emb(emb)[:, None].chunk(6, -1)
         h = self.norm(x) * (1 + scale1) + shift1
@@ -320,8 +320,7 @@ class VideoNet(nn.Module):
         self.down, self.up = nn.Conv3d(ch, d, (1, 2, 2), (1, 2, 2)), nn.ConvTranspose3d(d, ch, (1, 2, 2), (1, 2, 2))
         self.blocks, self.two = nn.ModuleList(Attention(d) for _ in range(layers)), Convolutions(2 * ch, ch, d)
         self.out = nn.Sequential(nn.GroupNorm(math.gcd(8, ch), ch), nn.SiLU(), conv(ch, 12))
-        nn.init.zeros_(self.out[-1].weight)
-        nn.init.zeros_(self.out[-1].bias)
+        for p in self.out[-1].parameters(): nn.init.zeros_(p)
     def forward(self, x, c_noise, c):
         fold = lambda f, v: f(v.transpose(1, 2), 2).transpose(1, 2)  # over space, frame by frame
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
@@ -426,8 +425,7 @@ def train_discriminator(cfg, stage, real, fake, estimate, device):
     net = Discriminator(cfg.size, large).to(device)
     optimiser = torch.optim.AdamW(net.parameters(), 3e-5 if large else 1e-3, weight_decay=0.05)
     def step(k):
-        g = dice(cfg.seed, 6, k)
-        logits = []
+        g, logits = dice(cfg.seed, 6, k), []
         for clips in (real, fake):
             video = to_float(clips[torch.randint(len(clips), (32,), generator=g)]).transpose(1, 2).to(device)
             with torch.no_grad():
@@ -452,7 +450,7 @@ METHODS = ("base", "words", "motionprompt", "random", "tv_only", "disc_only", "n
 def evaluate(cfg, net, estimate, disc, prompts, vocabulary, noise, sigmas, moments, device):
     """Sample the same prompts and noise with every method: rows, videos."""
     text, denoise = net["text"], denoiser(net)
-    decode, guided = lambda v: v * moments[1] + moments[0], range(cfg.steps // 2)
+    decode, guided = lambda v: v * moments[1] + moments[0], common.guided_steps(cfg)
     rows, videos, moved, length = [], {}, {}, net["video"].length
     null = text(text.words(torch.zeros(1, length).long().to(device)))
     sampler, inner = (prompted(denoise, null, rho) for rho in (cfg.rho, cfg.inner_rho))
@@ -493,8 +491,9 @@ def evaluate(cfg, net, estimate, disc, prompts, vocabulary, noise, sigmas, momen
                          s_per_video=(time.perf_counter() - began) / len(noise), seed=cfg.seed,
                          motion_smoothness=common.smoothness(videos[name]).mean().item(),
                          disc_score=scores(cfg, disc, videos[name], estimate, device).mean().item()))
+    plain_s = next((r["s_per_video"] for r in rows if r["method"] == "base"), None)
     for row in rows:
-        row["cost_ratio"] = row["s_per_video"] / rows[0]["s_per_video"]
+        row["cost_ratio"] = plain_s and row["s_per_video"] / plain_s
     return rows, videos
 
 def pictures(cfg, out, videos, estimate, log, device):
@@ -523,8 +522,9 @@ SAME_TRAINING = ("batch", "train_lr", "ema", "drop", "amp")
 
 def check(cfg):
     """What single values cannot tell. Raises Fault."""
-    if cfg.methods == "all":
-        cfg.methods = ",".join(METHODS)
+    cfg.methods = ",".join(METHODS) if cfg.methods == "all" else cfg.methods
+    cfg.guided = cfg.guided or f"0-{cfg.steps // 2 - 1}"
+    common.guided_steps(cfg)
     common.check_names(cfg, "methods", METHODS)
     if cfg.size % 4 or cfg.width % 32:
         raise Fault(f"--size {cfg.size} must be a multiple of 4, --width {cfg.width} one of 32")
@@ -592,8 +592,8 @@ def main():
     common.write_results(out, "motionprompt", cfg, dataset, rows, began, discriminator=quality)
     print("\ndiscriminator, held out:", ", ".join(f"{k} {v:.2f}" for k, v in quality.items() if k != "calibration"))
     print("phi against the share of real pairs:", ", ".join(f"{p:.2f} {q:.2f}" for p, q in quality["calibration"]))
-    print(f"\n{cfg.prompts} prompts, Euler, {cfg.steps} steps, tokens {cfg.tokens}, K {cfg.K}, lr {cfg.lr}\n"
-          + common.table(rows, COLUMNS))
+    print(f"\n{cfg.prompts} prompts, Euler, {cfg.steps} steps, guided {cfg.guided}, tokens {cfg.tokens}, K {cfg.K}, "
+          f"lr {cfg.lr}\n" + common.table(rows, COLUMNS))
     print(f"\nwrote {', '.join(p.name for p in sorted(out.iterdir()))} in {out}/ after {time.time() - began:.0f} s")
 
 if __name__ == "__main__":

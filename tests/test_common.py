@@ -325,6 +325,8 @@ def test_what_the_command_line_gives_goes_over_the_preset_and_that_over_the_defa
     parse = lambda argv: common.parse_args(Small, presets, "doc", argv)
     cfg = parse(["--preset", "small", "--lr", "0.3", "--amp"])
     assert (cfg.preset, cfg.size, cfg.lr, cfg.kind, cfg.amp) == ("small", 64, 0.3, "a", True)
+    presets["small"]["amp"] = True
+    assert parse(["--preset", "small"]).amp and not parse(["--preset", "small", "--no-amp"]).amp
     for argv, says in (("--preset big", "--preset big: unknown; choose one of tiny, small"), ("--kind c", "of a, b"),
                        ("--size 7", "--size 7: must lie between 8 and 64"), ("--lr nan", "--lr nan: must lie between"),
                        ("--lr 1e9", "--lr 1000000000.0: must lie"), ("--size x", "--size"), ("--nope", "--nope")):

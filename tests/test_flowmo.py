@@ -289,8 +289,12 @@ def test_a_run_writes_all_and_repeats_its_numbers(run, tmp_path):
     keys = ("method eta guided_steps coherent coherent_ci motion_smoothness dynamic_degree flicker prompt_acc "
             "patch_variance evaluations seed")
     assert set(keys.split()) <= rows[0].keys()
+    premise = json.loads((tmp_path / "a" / "results.json").read_text())["premise"]
+    assert {"u, max", "u, --fold, max", "u, 2x4x4, mean", "clean estimate, mean"} <= premise.keys()
     evals = {r["method"]: r["evaluations"] for r in rows}
     assert evals["base"] == 4 and evals["flowmo"] == evals["steps"] == 8 and evals["flowmo-norefresh"] == 6
+    assert run("--out_dir", "a", "--methods", "flowmo", "--eval_only")[0] == 0
+    assert numbers(tmp_path / "a")[0]["coherent_ci"] is None  # a cost and a difference need base
     assert run("--out_dir", "a", "--methods", "base,flowmo", "--eval_only")[0] == 0
     by_name = {r["method"]: r for r in rows}
     for r in numbers(tmp_path / "a"):  # whatever else is sampled; but for the comparison with what was not

@@ -301,6 +301,17 @@ def test_a_run_writes_all_and_repeats_its_numbers(run, tmp_path):
         assert {k: row[k] for k in same} == {k: before[k] for k in same}
 
 
+def test_tokens_are_in_the_text_at_the_guided_steps_alone(run, tmp_path, monkeypatch):
+    given, encode = [], motionprompt.TextEncoder.forward
+    monkeypatch.setattr(motionprompt.TextEncoder, "forward",
+                        lambda self, p, T=None: given.append(T is not None) or encode(self, p, T))
+    for guided in ("", "1,3"):
+        assert run("--methods", "words", "--out_dir", guided or "half", "--guided", guided)[0] == 0
+        assert given[-4:] == [guided == "", True, False, guided != ""]
+    status, _, err = run("--guided", "2-9")
+    assert status == 2 and "--guided 2-9: must be steps from 0 to 3" in err
+
+
 def test_without_optimisation_the_tokens_are_the_words(run, tmp_path):
     assert run("--K", 0, "--methods", "words,motionprompt,random")[0] == 0
     rows = numbers(tmp_path / "out" / "motionprompt-sprites-procedural")
