@@ -44,7 +44,7 @@ class Config:
     iters: int = opt(3500, "training steps, each on one batch shared by all methods", 0, 10**8)
     batch: int = opt(16, "pairs of frames in a batch", 1, 65536)
     size: int = opt(32, "height and width of a frame, pixels; a multiple of 2^levels x patch", 16, 1024)
-    seed: int = opt(0, "of weights, data order, noise and first frames", 0, 2**29)
+    seed: int = opt(0, "of weights, data order, noise and first frames", 0, 2**31)
     device: str = opt("auto", "auto, cpu, cuda, mps")
     out_dir: str = opt("", "folder to write; empty: out/biflow-DATASET[-procedural]")
     resume: bool = opt(False, "continue the run in the output folder, bit for bit on CPU")
@@ -342,7 +342,7 @@ def real_clips(clips, length, count, seed):
 
 def noise_of(seed, step, x, device):
     """t, alpha ~ U(0, 1) (B,) and n ~ N(0, 1) like x: a function of (seed, step), the same for all methods."""
-    g = torch.Generator().manual_seed((seed << 32) + step)
+    g = common.dice(seed, 1, step)
     return *torch.rand(2, len(x), generator=g).to(device), torch.randn(x.shape, generator=g).to(device)
 
 def train(cfg, clips, nets, averages, out, device):
@@ -350,7 +350,7 @@ def train(cfg, clips, nets, averages, out, device):
     opts = {m: torch.optim.AdamW(net.parameters(), cfg.lr, fused=device.type != "mps") for m, net in nets.items()}
     parts, start, log, began = dict(nets=nets, averages=averages, opts=opts), 0, [], time.time()
     if cfg.resume:
-        state = common.load_checkpoint(out / "ckpt.pt", "biflow", cfg, MUST_FIT + SAME_TRAINING, device)
+        state = common.load_checkpoint(out / "ckpt.pt", "biflow", cfg, MUST_FIT + SAME_TRAINING)
         start, log, began = state["step"], state["log"], began - state["seconds"]
         for part, m in itertools.product(parts, nets):
             parts[part][m].load_state_dict(state[part][m])
@@ -526,7 +526,7 @@ def main():
     for net in [*nets.values(), *(a.module for a in averages.values())] if cfg.compile else ():
         net.compile()
     if cfg.eval_only:
-        state = common.load_checkpoint(out / "ckpt.pt", "biflow", cfg, MUST_FIT, device)
+        state = common.load_checkpoint(out / "ckpt.pt", "biflow", cfg, MUST_FIT)
         log, cfg.iters = state["log"], state["step"]  # the row says what it was trained for
         for m in nets:
             averages[m].load_state_dict(state["averages"][m])

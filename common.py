@@ -126,7 +126,7 @@ def _animated(path):
 def _sources(root):
     """Every clip below root: a folder of frames (list of paths), or one animated or tensor file (path)."""
     found = []
-    for folder, subfolders, names in sorted(os.walk(root)):
+    for folder, subfolders, names in sorted(os.walk(root, followlinks=True)):
         paths = [Path(folder, n) for n in names if not n.startswith(".")]
         found += sorted(p for p in paths if p.suffix.lower() in TENSORS | {".gif"})
         frames = sorted((p for p in paths if p.suffix.lower() in IMAGES), key=_number)
@@ -263,7 +263,7 @@ def captions_of(clips, dataset, split, size, frames, seed):
     found = []
     for source in clips.sources:
         clip = source[0].parent if isinstance(source, list) else source
-        path = clip.with_suffix(".txt")
+        path = clip.with_name((clip.name if clip.is_dir() else clip.stem) + ".txt")
         try:
             found.append(path.read_text().strip())
         except (OSError, UnicodeDecodeError) as e:
@@ -678,7 +678,8 @@ def normalise(clips, moments):
 
 def dice(seed, use, step):
     """Random numbers as a function of (seed, use, step) alone, so that a resumed run goes on as it was."""
-    return torch.Generator().manual_seed((seed << 34) + (use << 32) + step)
+    mixed = np.random.SeedSequence([seed, use, step]).generate_state(1)  # of a seed torch heeds 32 bits and no more
+    return torch.Generator().manual_seed(int(mixed[0]))
 
 def averaged(net, decay):
     """The average of a network's weights over training, to sample from."""
@@ -847,10 +848,10 @@ def write(path, data):
 def save_checkpoint(path, script, cfg, **state):
     write(path, lambda p: torch.save(dict(state, script=script, config=asdict(cfg)), p))
 
-def load_checkpoint(path, script, cfg, must_fit, device):
+def load_checkpoint(path, script, cfg, must_fit):
     """A checkpoint of this script whose config fits in the fields `must_fit`; no code in it is run. Raises Fault."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)  # load_state_dict moves what it needs
         made_by, made_with = state["script"], state["config"]
     except Exception as e:  # truncated, garbage, a pickle with code: each raises something else
         raise Fault(f"{path} is not a readable checkpoint ({type(e).__name__}); delete it or name another --out_dir")
@@ -885,13 +886,13 @@ def interruptible():
         for s, handler in old.items():
             signal.signal(s, handler)
 
-def load_stages(path, script, cfg, must_fit, same_training, last, device):
+def load_stages(path, script, cfg, must_fit, same_training, last):
     """The checkpoint that stage() goes on from: empty, or with --resume and --eval_only what is there. Raises Fault.
 
     last: name and steps of the last stage, which --eval_only needs to be complete."""
     if not (cfg.resume or cfg.eval_only):
         return {"log": []}
-    saved = load_checkpoint(path, script, cfg, must_fit + (same_training if cfg.resume else ()), device)
+    saved = load_checkpoint(path, script, cfg, must_fit + (same_training if cfg.resume else ()))
     done = saved.get(last[0], {}).get("step", 0)
     if cfg.eval_only and done != last[1]:
         raise Fault(f"{path} has {done} of {last[1]} steps of stage {last[0]}: --resume makes the others")

@@ -47,7 +47,7 @@ class Config:
     batch: int = opt(4, "clips in a batch", 1, 65536)
     size: int = opt(32, "height and width of a frame, pixels; a multiple of 2^levels x patch, 24 at least", 24, 1024)
     frames: int = opt(16, "frames of a clip", 8, 256)
-    seed: int = opt(0, "of weights, data order and noise", 0, 2**29)
+    seed: int = opt(0, "of weights, data order and noise", 0, 2**31)
     device: str = opt("auto", "auto, cpu, cuda, mps")
     out_dir: str = opt("", "folder to write; empty: out/flowloss-DATASET[-procedural]")
     resume: bool = opt(False, "continue the run in the output folder, bit for bit on CPU")
@@ -202,7 +202,8 @@ class TinyRAFT(nn.Module):
         self.head = nn.Sequential(nn.Conv2d(hidden, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 2, 3, padding=1))
         self.mask = nn.Conv2d(hidden, 36, 1)
     def forward(self, image1, image2, updates=4, detach=False, every=False):
-        size, k = image1.shape[-2:], 2 ** max(0, math.ceil(math.log2(max(image1.shape[-2:]) / 48)))
+        size = image1.shape[-2:]
+        k = math.gcd(2 ** max(0, math.ceil(math.log2(max(size) / 48))), size[0] // 2, size[1] // 2)  # size / k is even
         image1, image2 = (F.avg_pool2d(x, k) if k > 1 else x for x in (image1, image2))  # all pairs: a cost of size^4
         a, b = F.instance_norm(self.features(torch.cat([image1, image2]))).chunk(2)  # else correlations start near 0
         pyramid = [correlation(a, b)]
@@ -259,7 +260,7 @@ class VideoUNet(nn.Module):
         super().__init__()
         emb, ch = 4 * width, [int(width * m) for m in mults]
         self.width, self.patch, self.amp = width, patch, amp
-        self.emb = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
+        self.emb = nn.Sequential(nn.Linear(width // 2 * 2, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
         self.inp = nn.Conv3d(12 * patch**2 + 3, ch[0], (1, 3, 3), padding=(0, 1, 1))
         self.down, self.up, last = nn.ModuleList(), nn.ModuleList(), len(ch) - 1
         for level, (a, b) in enumerate(zip([ch[0], *ch], ch)):
@@ -547,8 +548,9 @@ def check(cfg):
     common.check_list(cfg, "mults", float, 0.25, 8)
     common.check_list(cfg, "points", int, 1, 10**8)
     fold = cfg.patch * 2 ** cfg.mults.count(",")
-    if cfg.size % fold or cfg.size == fold:
-        raise Fault(f"--size {cfg.size}: must be {2 * fold} or a larger multiple of {fold} (patch x 2 a level but one)")
+    if cfg.size % fold or cfg.size == fold or cfg.size % 2:
+        raise Fault(f"--size {cfg.size}: must be even, and {2 * fold} or a larger multiple of {fold} (patch x 2 a level"
+                    " but one)")
     if cfg.n_pairs >= cfg.frames:
         raise Fault(f"--n_pairs {cfg.n_pairs}: a clip of {cfg.frames} frames has {cfg.frames - 1} pairs; lower it")
 
@@ -562,7 +564,7 @@ def main():
     if min(len(test_clips), cfg.videos) * (cfg.frames // 8) < 2:
         raise Fault(f"the Frechet distance needs more than {len(test_clips)} test clip of {cfg.frames} frames")
     out, lock = common.open_run("flowloss", cfg, source)
-    saved = common.load_stages(out / "ckpt.pt", "flowloss", cfg, MUST_FIT, SAME_TRAINING, ("tune", cfg.iters), device)
+    saved = common.load_stages(out / "ckpt.pt", "flowloss", cfg, MUST_FIT, SAME_TRAINING, ("tune", cfg.iters))
     moments = common.moments(train_clips)  # EDM with sigma_data = 1 wants data of variance 1
     print(f"{cfg.preset} preset on {device}, {len(train_clips)} + {len(test_clips)} clips ({source})")
     stage = partial(common.stage, "flowloss", cfg, out, saved, columns=["flow", "base", *cfg.objectives.split(",")])

@@ -47,7 +47,7 @@ class Config:
     batch: int = opt(16, "clips in a batch", 1, 65536)
     size: int = opt(16, "height and width of a frame, pixels; a multiple of 4", 8, 1024)
     frames: int = opt(8, "frames of a clip", 4, 256)
-    seed: int = opt(0, "of weights, data order, noise and prompts", 0, 2**29)
+    seed: int = opt(0, "of weights, data order, noise and prompts", 0, 2**31)
     device: str = opt("auto", "auto, cpu, cuda, mps")
     out_dir: str = opt("", "folder to write; empty: out/flowmo-DATASET[-procedural]")
     resume: bool = opt(False, "continue the run in the output folder, bit for bit on CPU")
@@ -309,6 +309,7 @@ def evaluate(cfg, net, prompts, words, noise, moments, device):
         guide, parts, seconds, looked = guidance(cfg, name), [], 0.0, []
         said = encode([p + ", steady" for p in prompts], words, net.length) if name == "steady" else text
         def watch(i, z, u, t):
+            if device.type == "cuda": torch.cuda.synchronize()  # what is queued is sampling
             began = time.perf_counter()
             note(spread, told, name, i, z, u, t, [int(n) for n in cfg.fold.split(",")])
             looked.append(time.perf_counter() - began)  # is not part of sampling
@@ -414,7 +415,7 @@ def main():
     cfg.device = str(device)
     train_clips, test_clips, captions, test_captions, words, length, source = common.load_captioned(cfg)
     out, lock = common.open_run("flowmo", cfg, source)
-    saved = common.load_stages(out / "ckpt.pt", "flowmo", cfg, MUST_FIT, SAME_TRAINING, ("train", cfg.iters), device)
+    saved = common.load_stages(out / "ckpt.pt", "flowmo", cfg, MUST_FIT, SAME_TRAINING, ("train", cfg.iters))
     if saved.setdefault("words", words) != words:
         raise Fault(f"{out / 'ckpt.pt'} was trained on other captions than those in --data_dir; use another --out_dir")
     moments = common.moments(train_clips)

@@ -46,7 +46,7 @@ class Config:
     batch: int = opt(16, "clips in a batch", 1, 65536)
     size: int = opt(16, "height and width of a frame, pixels; a multiple of 4", 8, 1024)
     frames: int = opt(8, "frames of a clip", 4, 256)
-    seed: int = opt(0, "of weights, data order, noise and prompts", 0, 2**29)
+    seed: int = opt(0, "of weights, data order, noise and prompts", 0, 2**31)
     device: str = opt("auto", "auto, cpu, cuda, mps")
     out_dir: str = opt("", "folder to write; empty: out/motionprompt-DATASET[-procedural]")
     resume: bool = opt(False, "continue the run in the output folder, bit for bit on CPU")
@@ -144,8 +144,7 @@ def motionprompt(denoise, encode, prompt, start, x, sigmas, decode, estimate, di
     T = start
     def text_at(step, x, sigma):
         nonlocal T
-        if step not in guided or not K:
-            return encode(prompt, None)
+        if step not in guided or not K: return encode(prompt, None)
         T = (T if keep else start).detach().clone().requires_grad_()
         adam = torch.optim.Adam([T], lr)  # afresh at every step, as in the lab's earlier code; paper silent
         for _ in range(K):
@@ -160,7 +159,7 @@ def motionprompt(denoise, encode, prompt, start, x, sigmas, decode, estimate, di
         return encode(prompt, T)
     return euler(denoise, x, sigmas, text_at)
 
-def latent_guidance(denoise, c, x, sigmas, decode, estimate, discriminate, guided, K, eta, weights, pairs):
+def latent_guidance(denoise, c, x, sigmas, decode, estimate, discriminate, guided, K, eta, weights, pairs, inner=None):
     """What the paper argues against: the same loss, but steps on the latent x itself, K times of size eta sigma.
 
     As in motionprompt; a step has the root mean square eta sigma in every video. The gradient goes through all frames.
@@ -170,7 +169,7 @@ def latent_guidance(denoise, c, x, sigmas, decode, estimate, discriminate, guide
         for _ in range(K if step in guided else 0):
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
-                flow = flow_of_pairs(denoise(x, sigma, c), *pairs(len(x)), decode, estimate)
+                flow = flow_of_pairs((inner or denoise)(x, sigma, c), *pairs(len(x)), decode, estimate)
                 g, = torch.autograd.grad(motion_loss(discriminate(flow), flow, none, none, weights).sum(), x)
             rms = g.flatten(1).square().mean(1).sqrt().clamp(min=1e-12)
             x = x.detach() - eta * now * g / like(rms, g)
@@ -180,8 +179,7 @@ def latent_guidance(denoise, c, x, sigmas, decode, estimate, discriminate, guide
 def prompted(denoise, null, rho):
     """D_P + rho (D_P - D_0), both in one batch: denoise(x, sigma, c) with c (B, L, d); null (1, L, d): no prompt."""
     def guided(x, sigma, c):
-        if not rho:
-            return denoise(x, sigma, c)
+        if not rho: return denoise(x, sigma, c)
         D_P, D_0 = denoise(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([c, null.expand_as(c)])).chunk(2)
         return D_P + rho * (D_P - D_0)
     return guided
@@ -242,7 +240,8 @@ class TinyRAFT(nn.Module):
         self.head = nn.Sequential(nn.Conv2d(hidden, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 2, 3, padding=1))
         self.mask = nn.Conv2d(hidden, 36, 1)
     def forward(self, image1, image2, updates=4, detach=False, every=False):
-        size, k = image1.shape[-2:], 2 ** max(0, math.ceil(math.log2(max(image1.shape[-2:]) / 48)))
+        size = image1.shape[-2:]
+        k = math.gcd(2 ** max(0, math.ceil(math.log2(max(size) / 48))), size[0] // 2, size[1] // 2)  # size / k is even
         image1, image2 = (F.avg_pool2d(x, k) if k > 1 else x for x in (image1, image2))  # all pairs: a cost of size^4
         a, b = F.instance_norm(self.features(torch.cat([image1, image2]))).chunk(2)  # else correlations start near 0
         pyramid = [correlation(a, b)]
@@ -468,8 +467,7 @@ def evaluate(cfg, net, estimate, disc, prompts, vocabulary, noise, sigmas, momen
             x, prompt = sigmas[0] * noise[a:a + 32].to(device), said[a:a + 32]
             start, tools = first.expand(len(x), -1, -1), (decode, estimate, disc, guided, cfg.K)
             def control(step, x, sigma):  # the words as they are, or moved at random as far as MotionPrompt moved them
-                if step not in guided or name == "base":
-                    return text(prompt)
+                if step not in guided or name == "base": return text(prompt)
                 away = torch.randn(start.shape, generator=g).to(start) * (name == "random")
                 far = moved.get((a, step), start.new_zeros(len(x))) / away.flatten(1).norm(dim=1).clamp(min=1e-12)
                 return text(prompt, start + like(far, away) * away)
@@ -478,14 +476,14 @@ def evaluate(cfg, net, estimate, disc, prompts, vocabulary, noise, sigmas, momen
                 x = motionprompt(sampler, text, prompt, start, x, sigmas, *tools, cfg.lr, kinds[name], pairs, cfg.keep,
                                  inner, watch if name == "motionprompt" else None)
             elif name == "latent":
-                x = latent_guidance(sampler, text(prompt), x, sigmas, *tools, cfg.latent_eta, weights, pairs)
+                x = latent_guidance(sampler, text(prompt), x, sigmas, *tools, cfg.latent_eta, weights, pairs, inner)
             else:
                 x = euler(sampler, x, sigmas, control)
             parts.append(x.cpu())
         z = torch.cat(parts)
         videos[name] = to_uint8(decode(z)).transpose(1, 2)
         inner_steps = cfg.K * len(guided) * (name in kinds or name == "latent")
-        half = 1 if name == "latent" or cfg.inner_rho else 0.5  # without guidance by the prompt: half an evaluation
+        half = 1 if cfg.inner_rho else 0.5  # without guidance by the prompt: half an evaluation
         rows.append(dict(method=name, n=len(names), K=cfg.K, lr=cfg.lr, evaluations=cfg.steps + 2 * half * inner_steps,
                          peak_mb=torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else None,
                          s_per_video=(time.perf_counter() - began) / len(noise), seed=cfg.seed,
@@ -528,10 +526,8 @@ def check(cfg):
     common.check_names(cfg, "methods", METHODS)
     if cfg.size % 4 or cfg.width % 32:
         raise Fault(f"--size {cfg.size} must be a multiple of 4, --width {cfg.width} one of 32")
-    if cfg.tokens.count(",") >= FREE:
-        raise Fault(f"--tokens {cfg.tokens}: at most {FREE} words")
-    if cfg.gap >= cfg.frames:
-        raise Fault(f"--gap {cfg.gap}: must be below --frames {cfg.frames}")
+    if cfg.tokens.count(",") >= FREE: raise Fault(f"--tokens {cfg.tokens}: at most {FREE} words")
+    if cfg.gap >= cfg.frames: raise Fault(f"--gap {cfg.gap}: must be below --frames {cfg.frames}")
     if "random" in cfg.methods and "motionprompt" not in cfg.methods.split("random")[0]:
         raise Fault(f"--methods {cfg.methods}: random goes as far as motionprompt did; name that one before it")
 
@@ -542,11 +538,13 @@ def main():
     cfg.device = str(device)
     train_clips, test_clips, captions, test_captions, words, longest, source = common.load_captioned(cfg)
     length = longest + FREE - 1
+    if len(train_clips) < 4:
+        raise Fault(f"{len(train_clips)} training clips in --data_dir: the discriminator needs 4, with their captions")
     for w in set(cfg.tokens.split(",")) - set(words):
         raise Fault(f"--tokens {cfg.tokens}: {w!r} is in no caption; choose from {', '.join(words)}")
     out, lock = common.open_run("motionprompt", cfg, source)
     last = "disc", cfg.disc_iters
-    saved = common.load_stages(out / "ckpt.pt", "motionprompt", cfg, MUST_FIT, SAME_TRAINING, last, device)
+    saved = common.load_stages(out / "ckpt.pt", "motionprompt", cfg, MUST_FIT, SAME_TRAINING, last)
     if saved.setdefault("words", words) != words:
         raise Fault(f"{out / 'ckpt.pt'} was trained on other captions than those in --data_dir; use another --out_dir")
     moments = common.moments(train_clips)
@@ -572,7 +570,8 @@ def main():
                 for a in tqdm(range(0, len(asked), 32), "generating clips for the discriminator", leave=False)]
         saved["fakes"] = to_uint8(torch.cat(made).cpu() * moments[1] + moments[0]).transpose(1, 2).contiguous()
     fakes, kept = saved["fakes"], int(0.75 * len(saved["fakes"]))
-    whole = lambda clips: common.coherent(common.track(clips)) if source == "procedural" else torch.ones(len(clips)) > 0
+    whole = lambda clips: torch.cat([common.coherent(common.track(c)) for c in clips.split(256)]) \
+        if source == "procedural" else torch.ones(len(clips)) > 0
     real = stack(train_clips, range(min(4 * cfg.fakes, len(train_clips))))
     disc = train_discriminator(cfg, stage, real[whole(real)], fakes[:kept], estimate, device)  # real video is coherent
     held_out = stack(test_clips, range(min(cfg.fakes, len(test_clips)))), fakes[kept:]

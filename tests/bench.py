@@ -290,20 +290,21 @@ def optimised_tokens():
     runs = (lambda: motionprompt.euler(guided, x, sigmas, lambda *_: text(prompt)),
             lambda: motionprompt.motionprompt(guided, text, prompt, start, x, sigmas, *tools, 0.1, weights,
                                               pairs, inner=plain),
-            lambda: motionprompt.latent_guidance(guided, text(prompt), x, sigmas, *tools, 0.05, weights, pairs))
+            lambda: motionprompt.latent_guidance(guided, text(prompt), x, sigmas, *tools, 0.05, weights, pairs,
+                                                 inner=plain))
 
     def read():  # what an inner step does beside the network: flow and score of the pairs, there and back
         D = x.detach().requires_grad_()
         flow = motionprompt.flow_of_pairs(D, *pairs(len(D)), *tools[:2])
         torch.autograd.grad(motionprompt.motion_loss(disc(flow), flow, start, start, weights).sum(), D)
     (*times, reading), memory = versus(*runs, read, rounds=3), [kept_by(lambda: run) for run in runs]
-    counts = [4, 4 + 8 * 2 * 0.5, 4 + 8 * 2]  # a backward pass counts as one; without guidance by the prompt half of it
+    count = (4 + 8 * 2 * 0.5) / 4  # a backward pass counts as one; without guidance by the prompt half of it
     note = f"{times[0] / 4 * 1e3:.0f} ms a plain step of 16 videos, 8 inner steps in 4"
     for name, k in (("tokens", 1), ("latent", 2)):
         ratio = times[k] / times[0]
-        yield f"{name} / plain sampling, over the count's {counts[k] / 4:.0f}", ratio / (counts[k] / 4), "<= 1.15", note
+        yield f"{name} / plain sampling, over the count's {count:.0f}", ratio / count, "<= 1.15", note
         yield f"{name} / its network evaluations and readings of flow", \
-            times[k] / (counts[k] / 4 * times[0] + 8 * reading), "<= 1.15", f"{reading * 1e3:.0f} ms a reading"
+            times[k] / (count * times[0] + 8 * reading), "<= 1.15", f"{reading * 1e3:.0f} ms a reading"
     yield "tokens / latent guidance, time", times[1] / times[2], "<= 1", note
     yield "tokens / latent guidance, activations kept", memory[1] / memory[2], "<= 1", \
         f"{memory[1] * 1.5 / 2**20:.0f} against {memory[2] * 1.5 / 2**20:.0f} MB an inner step"

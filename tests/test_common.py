@@ -294,7 +294,7 @@ class Small:
 
 def test_a_checkpoint_that_does_not_fit_or_cannot_be_read_is_a_fault(tmp_path):
     path = tmp_path / "ckpt.pt"
-    load = lambda script="a", cfg=Small(): common.load_checkpoint(path, script, cfg, ("size",), "cpu")
+    load = lambda script="a", cfg=Small(): common.load_checkpoint(path, script, cfg, ("size",))
     common.save_checkpoint(path, "a", Small(), step=3, net=dict(w=torch.ones(2)))
     assert load()["step"] == 3 and load(cfg=Small(lr=0.5))["net"]["w"].sum() == 2
     with pytest.raises(Fault, match=r"written by a\.py, not b\.py"):
@@ -371,6 +371,13 @@ def test_sheet_gif_and_curves_show_what_they_are_given(tmp_path):
         inks = {c for _, c in chart.getcolors(1 << 16)}
         assert chart.size == (900, 200) and {(214, 39, 40), (31, 119, 180)} <= inks  # both lines are drawn
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gif", "c.png"]
+
+
+def test_noise_differs_by_seed_by_use_and_by_step():
+    draws = {tuple(torch.randn(4, generator=common.dice(*key)).tolist())
+             for key in ((0, 0, 3), (0, 1, 3), (1, 0, 3), (2, 9, 3), (0, 0, 4), (2**31, 9, 10**6))}
+    assert len(draws) == 6
+    assert torch.equal(torch.randn(4, generator=common.dice(5, 1, 2)), torch.randn(4, generator=common.dice(5, 1, 2)))
 
 
 def test_a_training_step_cuts_the_gradient_and_keeps_the_rates_of_its_groups():

@@ -198,14 +198,22 @@ def test_without_the_cut_autograd_is_the_gradient_of_the_flow_and_with_it_it_is_
     assert slopes[0] == pytest.approx(finite, rel=1e-4) and abs(slopes[1] - finite) > 0.05 * abs(finite)
 
 
-def test_the_raft_works_from_24_pixels_up_and_depends_on_no_other_sample():
-    raft = TinyRAFT().eval()
-    for size in (24, 30, 64):
+def test_the_raft_works_from_24_pixels_up_and_depends_on_no_other_sample(monkeypatch):
+    raft, coarse, upsample = TinyRAFT().eval(), [], flowloss.upsample
+    monkeypatch.setattr(flowloss, "upsample", lambda f, mask: coarse.append(2 * f.shape[-1]) or upsample(f, mask))
+    for size in (24, 30, 64, 100):
         a, b = randn(3, 3, size, size), randn(3, 3, size, size, seed=1)
         flow = raft(a, b)
+        assert size % coarse[-1] == 0  # made smaller and larger by a whole factor, or flow would lie askew
         assert flow.shape == (3, 2, size, size) and flow.isfinite().all()
         torch.testing.assert_close(raft(a[1:2], b[1:2]), flow[1:2], rtol=1e-4, atol=1e-4)
     assert len(raft(a, b, updates=3, every=True)) == 3
+
+
+def test_the_network_takes_any_width_and_frames_of_one_pixel_patches():
+    for width, patch in ((9, 2), (8, 1)):
+        net = flowloss.VideoUNet(width, [1, 1.5], patch)
+        assert net(randn(2, 3, 4, 8, 8), randn(2), randn(2, 3, 8, 8)).shape == (2, 3, 4, 8, 8)
 
 
 def test_a_few_steps_teach_the_raft_a_constant_motion():
@@ -298,7 +306,9 @@ def test_a_run_writes_all_resumes_bit_for_bit_and_repeats_its_numbers(run, tmp_p
 
 @pytest.mark.parametrize("flags, says", [
     ("--objectives all", "--objectives all: 'all' is unknown; choose from none,constant,lambda,soft,gated"),
-    ("--points 1,x", "--points 1,x: must be numbers"), ("--size 26", "--size 26: must be 8 or a larger multiple of 4"),
+    ("--points 1,x", "--points 1,x: must be numbers"),
+    ("--size 26", "--size 26: must be even, and 8 or a larger multiple of 4"),
+    ("--size 25 --patch 1 --mults 1", "--size 25: must be even"),
     ("--n_pairs 8", "--n_pairs 8: a clip of 8 frames has 7 pairs"), ("--psi -1", "--psi -1.0: must lie between"),
     ("--dataset nowhere", "no clips found: looked in data/nowhere"), ("--eval_only", "nothing to continue")])
 def test_bad_input_is_one_clear_line_and_exit_status_2(run, tmp_path, flags, says):

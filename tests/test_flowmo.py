@@ -323,14 +323,14 @@ def clip_of(folder, name, caption, seed):
 
 def test_captioned_clips_of_ones_own_work_and_a_missing_caption_is_named(run, tmp_path):
     for k in range(5):
-        clip_of(tmp_path / "data" / "mine", f"clip{k}", f"Waves on a beach, {k}", k)
+        clip_of(tmp_path / "data" / "mine", f"clip.{k}", f"Waves on a beach, {k}", k)
     status, text, err = run("--dataset", "mine", "--iters", 2, "--methods", "base,flowmo")
     assert status == 0, err
     rows = numbers(tmp_path / "out" / "flowmo-mine")
     assert "coherent" not in rows[0] and 0 < rows[0]["motion_smoothness"] < 1
-    (tmp_path / "data" / "mine" / "clip2.txt").unlink()
+    (tmp_path / "data" / "mine" / "clip.2.txt").unlink()
     status, _, err = run("--dataset", "mine", "--out_dir", "d")
-    assert status == 2 and "clip2 has no caption" in err
+    assert status == 2 and "clip.2 has no caption" in err
 
 
 @pytest.mark.parametrize("flags, says", [
