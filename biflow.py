@@ -12,7 +12,7 @@ the way forward in time, the way back out of the noise; while streaming, both ar
     Eq. 9   joint sampling   x^i = Solve(x^{i-1} + eps n)            on the line (t, a): (0, eps) -> (1, 0)
     Eq. 1   CONDIFF, the baseline: from noise to the next frame, the last frame as a condition
 
-    python biflow.py --dataset sky                    # two CPU cores: about 10 minutes; a GPU: the `small` preset
+    python biflow.py --dataset sky                    # two CPU cores: about 9 minutes; a GPU: the `small` preset
     python biflow.py --dataset sky --eval_only        # its evaluation again, from the checkpoint
     python biflow.py --dataset mazes --joint one      # another world, the paper's one network 3 -> 6
 

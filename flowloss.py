@@ -12,7 +12,7 @@ at high noise means nothing, so the term is gated by the noise level. The paper'
 A tiny RAFT learns flow, a base image-to-video model learns motion in general, and from there the same model is fine-
 tuned on robot clips under each objective, on the same data and the same noise.
 
-    python flowloss.py --dataset robot                  # two CPU cores: about 15 minutes; a GPU: the `small` preset
+    python flowloss.py --dataset robot                  # two CPU cores: about 13 minutes; a GPU: the `small` preset
     python flowloss.py --dataset robot --eval_only      # its tables and pictures again, from the checkpoint
 
 prints the form of the paper's Fig. 4 and writes out/flowloss-robot-procedural/, beside what every script writes:

@@ -11,7 +11,7 @@ changes, and neither does the prompt itself. Its steps (the paper's equation num
     optimise   T <- Adam(dl / dT), K times; then a step of the sampler with c(T)
     half-way   the second half of the steps has the plain prompt, which keeps the appearance
 
-    python motionprompt.py                                   # two CPU cores: about 15 minutes; a GPU: `small`
+    python motionprompt.py                                   # two CPU cores: about 12 minutes; a GPU: `small`
     python motionprompt.py --eval_only --methods all         # the same models, all controls and ablations
 
 trains a text-to-video EDM model on captioned clips, a tiny RAFT, and the discriminator on flows of steady clips against
