@@ -895,7 +895,8 @@ def load_stages(path, script, cfg, must_fit, same_training, last):
     saved = load_checkpoint(path, script, cfg, must_fit + (same_training if cfg.resume else ()))
     done = saved.get(last[0], {}).get("step", 0)
     if cfg.eval_only and done != last[1]:
-        raise Fault(f"{path} has {done} of {last[1]} steps of stage {last[0]}: --resume makes the others")
+        raise Fault(f"{path} has {done} steps of stage {last[0]}, not {last[1]}: --resume makes the missing ones; "
+                    "of a finished run give the number it has")
     return {k: v for k, v in saved.items() if k not in ("script", "config")}
 
 def stage(script, cfg, out, saved, name, until, parts, step, columns, watch=()):

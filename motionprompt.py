@@ -539,7 +539,7 @@ def main():
     train_clips, test_clips, captions, test_captions, words, longest, source = common.load_captioned(cfg)
     length = longest + FREE - 1
     if len(train_clips) < 4:
-        raise Fault(f"{len(train_clips)} training clips in --data_dir: the discriminator needs 4, with their captions")
+        raise Fault(f"{len(train_clips)} training clips: the discriminator needs 4 at least")
     for w in set(cfg.tokens.split(",")) - set(words):
         raise Fault(f"--tokens {cfg.tokens}: {w!r} is in no caption; choose from {', '.join(words)}")
     out, lock = common.open_run("motionprompt", cfg, source)

@@ -165,6 +165,15 @@ def test_latent_guidance_lowers_the_loss_and_moves_by_eta_sigma():
     assert (loss(seen[2]) < loss(seen[0])).all()
 
 
+def test_latent_guidance_optimises_under_the_inner_denoiser_and_samples_under_the_other():
+    sigmas, called = karras_sigmas(3), []
+    named = lambda name: lambda x, sigma, c: called.append((name, torch.is_grad_enabled())) or denoise(x, sigma, c)
+    pairs = lambda n: torch.triu_indices(5, 5, 1)[:, None].expand(-1, n, -1)
+    latent_guidance(named("plain"), prompt, randn(2, 3, 5, 4, 4), sigmas, lambda v: v, estimate, discriminate, (1,), 2,
+                    0.01, (1, 0, 0), pairs, inner=named("inner"))
+    assert called == [("plain", False)] + 2 * [("inner", True)] + 2 * [("plain", False)]
+
+
 def test_guidance_by_the_prompt_is_linear_in_rho_and_one_batch():
     sizes, null = [], torch.ones(1, L, d)
     def counted(x, sigma, c):
@@ -322,7 +331,8 @@ def test_without_optimisation_the_tokens_are_the_words(run, tmp_path):
 @pytest.mark.parametrize("flags, says", [
     ("--methods best", "--methods best: 'best' is unknown"), ("--methods base,random", "name that one before it"),
     ("--tokens sharp", "--tokens sharp: 'sharp' is in no caption"), ("--tokens a,a,a,a", "at most 3 words"),
-    ("--gap 6", "--gap 6: must be below --frames 6"), ("--size 18", "--size 18"),
+    ("--gap 6", "--gap 6: must be below --frames 6"),
+    ("--clips 3", "3 training clips: the discriminator needs 4"), ("--size 18", "--size 18"),
     ("--lr -1", "--lr -1.0: must lie between"),
     ("--dataset nowhere", "no clips found: looked in data/nowhere"), ("--eval_only", "nothing to continue")])
 def test_bad_input_is_one_clear_line_and_exit_status_2(run, tmp_path, flags, says):
