@@ -970,30 +970,48 @@ def save_gif(path, pages, ms=80):
 
 INKS = ["#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8c564b", "#7f7f7f"]
 
-def save_curves(path, panels, size=(470, 330)):
-    """Line charts side by side. A panel: dict(title, x, y, lines={label: (xs, ys)}, log=False); one point is a dot."""
-    page, font = Image.new("RGB", (size[0] * len(panels), size[1]), "white"), ImageFont.load_default(11)
-    draw = ImageDraw.Draw(page)
+def ticks(low, high, log):
+    """Round values in [low, high], three to six of them: on a log scale powers of ten, or 1, 2 and 5 times those."""
+    if log:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        for digits in ((1,), (1, 2, 5)):
+            found = [d * 10.0**n for n in powers for d in digits if low <= d * 10.0**n <= high]
+            if len(found) >= 3:
+                return found[::math.ceil(len(found) / 6)]
+    step = 10.0 ** math.floor(math.log10(high - low))
+    step *= next(f for f in (0.2, 0.5, 1, 2) if high - low <= 6 * f * step)
+    return [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+def save_curves(path, panels, size=(840, 520), across=2):
+    """Line charts. A panel: dict(title, x, y, lines={label: (xs, ys)}, log=False, log_x=False); one point is a dot."""
+    across, down = min(across, len(panels)), -(-len(panels) // across)
+    page = Image.new("RGB", (size[0] * across, size[1] * down), "white")  # twice as large as it is shown: smooth lines
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(22)
     for k, panel in enumerate(panels):
-        x0, x1, y0, y1 = k * size[0] + 58, (k + 1) * size[0] - 12, size[1] - 42, 28
-        warp = (lambda v: math.log10(max(v, 1e-9))) if panel.get("log") else float
-        points = [(x, warp(y)) for xs, ys in panel["lines"].values() for x, y in zip(xs, ys)] or [(0.0, 0.0)]
-        (left, right), (low, high) = ((min(p), max(p)) for p in zip(*points))
-        right, high = right + (right == left), high + 0.05 * (high - low) + 1e-9
-        place = lambda x, y: (x0 + (x - left) / (right - left) * (x1 - x0),
-                              y0 + (warp(y) - low) / (high - low) * (y1 - y0))
-        draw.rectangle((x0, y1, x1, y0), outline="#999999")
-        draw.text((x0, 8), panel["title"], "black", font)
-        log = ", log" if panel.get("log") else ""
-        draw.text((x0, size[1] - 18), f"{panel['x']}   (up: {panel['y']}{log})", "black", font)
-        for q in (0, 0.5, 1):
-            value = low + q * (high - low)
-            draw.text((k * size[0] + 4, y0 + q * (y1 - y0) - 7), f"{10**value if log else value:.3g}", "black", font)
-            draw.text((x0 + q * (x1 - x0) - 12, y0 + 4), f"{left + q * (right - left):.4g}", "black", font)
-        for n, (label, (xs, ys)) in enumerate(panel["lines"].items()):
-            ink, path_ = INKS[n % len(INKS)], [place(x, y) for x, y in zip(xs, ys)]
-            draw.line(path_, ink, 2)
+        lines, log, log_x = panel["lines"], panel.get("log", False), panel.get("log_x", False)
+        above, edge = k // across * size[1], k % across * size[0]
+        x0, y0, y1 = edge + 90, above + size[1] - 84, above + 76  # the frame, its labels to the right of it
+        x1 = edge + size[0] - 32 - max([draw.textlength(label, font) for label in lines], default=0)
+        drawn = {label: (xs, [max(y, 1e-9) for y in ys] if log else ys) for label, (xs, ys) in lines.items()}
+        points = [p for xs, ys in drawn.values() for p in zip(xs, ys)] or [(1.0, 1.0)]
+        ranges = [(min(v), max(v) if max(v) > min(v) else min(v) + (abs(min(v)) or 1.0)) for v in zip(*points)]
+        share = lambda v, low, high, log: math.log(v / low, high / low) if log else (v - low) / (high - low)
+        at_x = lambda x: x0 + 12 + share(x, *ranges[0], log_x) * (x1 - x0 - 24)
+        at_y = lambda y: y0 - 12 - share(y, *ranges[1], log) * (y0 - y1 - 24)
+        draw.text((edge + 16, above + 8), panel["title"], "black", font)
+        draw.text((edge + 16, above + 38), panel["y"], "#777777", font)
+        draw.text(((x0 + x1) / 2, y0 + 40), panel["x"], "#777777", font, anchor="ma")
+        for x in ticks(*ranges[0], log_x):
+            draw.line((at_x(x), y1, at_x(x), y0), "#e6e6e6", 2)
+            draw.text((at_x(x), y0 + 8), f"{x:.5g}", "black", font, anchor="ma")
+        for y in ticks(*ranges[1], log):
+            draw.line((x0, at_y(y), x1, at_y(y)), "#e6e6e6", 2)
+            draw.text((x0 - 8, at_y(y)), f"{y:.5g}", "black", font, anchor="rm")
+        draw.rectangle((x0, y1, x1, y0), outline="#999999", width=2)
+        for n, (label, (xs, ys)) in enumerate(drawn.items()):
+            ink, path_ = INKS[n % len(INKS)], [(at_x(x), at_y(y)) for x, y in zip(xs, ys)]
+            draw.line(path_, ink, 4, joint="curve")
             for x, y in path_ if len(path_) <= 20 else ():
-                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=ink)
-            draw.text((x0 + 8, y1 + 4 + 13 * n), label, ink, font)
+                draw.ellipse((x - 6, y - 6, x + 6, y + 6), fill=ink)
+            draw.text((x1 + 12, y1 + 28 * n), label, ink, font)
     save_page(path, page)

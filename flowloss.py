@@ -519,20 +519,22 @@ def pictures(cfg, out, rows, videos, flows, noise, estimate, moments):
     page = common.sheet([("frame and\nnoise", to_uint8(noisy[:, :, 0])), ("its flow", flow)],
                         [f"sigma {s:g}" for s in levels], scale=max(1, 64 // cfg.size))
     common.save_page(out / "noise.png", page)
-    x, sigma = np.log10(SIGMAS), torch.tensor(SIGMAS)
+    sigma, psi = torch.tensor(SIGMAS), min(max(cfg.psi, SIGMAS[0]), SIGMAS[-1])
     mean, spread = PRIOR[cfg.prior]
     density = (-((sigma.log() - mean) ** 2) / (2 * spread**2)).exp()
     share = 0.5 + 0.5 * math.erf((math.log(max(cfg.psi, 1e-9)) - mean) / spread / 2**0.5)
-    of = lambda kind: {o: (x, noise[f"{o} {kind}"]) for o in ["base", *objectives]}
-    common.save_curves(out / "weights.png", [
-        dict(title="L_recon", x="log10 sigma", y="held-out", lines=of("recon"), log=True),
-        dict(title="flow difference, unweighted", x="log10 sigma", y="pixels^2", lines=of("flow"), log=True),
-        dict(title="weight w lambda", x="log10 sigma", y="", log=True, lines={
-            o: (x[w > 0], w[w > 0]) for o in objectives if (w := flow_weight(o, sigma, cfg.psi).numpy()).any()}),
-        dict(title=f"prior of sigma: {share:.0%} below psi {cfg.psi:g}", x="log10 sigma", y="density", lines={
-            cfg.prior: (x, density.tolist()), "psi": ([math.log10(max(cfg.psi, 1e-9))] * 2, [0, 1])}),
-        dict(title="flow of noised clips against flow of clean", x="log10 sigma", y="error, px",
-             lines={"moving pixels": (x, noise["noisy_flow"])})])
+    of = lambda kind: {o: (SIGMAS, noise[f"{o} {kind}"]) for o in ["base", *objectives]}
+    weights = {o: flow_weight(o, sigma, cfg.psi).tolist() for o in objectives}
+    panels = [
+        dict(title="L_recon", y="held-out", lines=of("recon"), log=True),
+        dict(title="flow difference, unweighted", y="pixels^2", lines=of("flow"), log=True),
+        dict(title="weight w lambda", y="", log=True, lines={
+            o: tuple(zip(*kept)) for o, w in weights.items() if (kept := [p for p in zip(SIGMAS, w) if p[1] > 0])}),
+        dict(title=f"prior of sigma: {share:.0%} below psi {cfg.psi:g}", y="density", lines={
+            cfg.prior: (SIGMAS, density.tolist()), "psi": ([psi] * 2, [0, 1])}),
+        dict(title="flow of noised clips against flow of clean", y="error, px",
+             lines={"moving pixels": (SIGMAS, noise["noisy_flow"])})]
+    common.save_curves(out / "weights.png", [dict(panel, x="sigma", log_x=True) for panel in panels])
 
 COLUMNS = {"objective": ("objective", ""), "step": ("step", "d"), "epe_moving": ("EPE moving", ".3f"),
            "epe_background": ("backgr.", ".3f"), "epe_zero": ("zero", ".3f"), "epe_floor": ("floor", ".3f"),
