@@ -43,7 +43,7 @@ class Config:
     preset: str = opt("auto", "tiny (two CPU cores), small (one GPU), paper (128 px, its numbers); auto: by device")
     iters: int = opt(3500, "training steps, each on one batch shared by all methods", 0, 10**8)
     batch: int = opt(16, "pairs of frames in a batch", 1, 65536)
-    size: int = opt(32, "height and width of a frame, pixels; a multiple of 2^levels x patch", 16, 1024)
+    size: int = opt(32, "height and width of a frame, pixels; a multiple of 2^(levels - 1) x patch", 16, 1024)
     seed: int = opt(0, "of weights, data order, noise and first frames", 0, 2**31)
     device: str = opt("auto", "auto, cpu, cuda, mps")
     out_dir: str = opt("", "folder to write; empty: out/biflow-DATASET[-procedural]")
@@ -197,7 +197,7 @@ def solve_heun(field, x, args=(), start=0.0, end=1.0, atol=1e-2, rtol=1e-2, max_
 
 @torch.no_grad()
 def solve_euler(field, x, args=(), start=0.0, end=1.0, step=0.05):
-    """Euler with a fixed step (the last one shorter if need be); arguments and returns as solve_heun."""
+    """Euler with equal steps of at most `step`; arguments and returns as solve_heun."""
     n = max(1, math.ceil(abs(end - start) / step - 1e-6))
     for i in range(n):
         x = x + (end - start) / n * field(x, x.new_full((len(x),), start + (end - start) * i / n), *args)
@@ -538,10 +538,10 @@ def main():
         rows, videos, best = evaluate(cfg, nets, train_clips, test_clips, device)
     except FloatingPointError as e:
         raise Fault(f"{e}: the network's field is broken; train longer or loosen --tol")
-    pictures(out, rows, videos, log)
     dataset = dict(name=cfg.dataset, source=source, clips=[len(train_clips), len(test_clips)], size=cfg.size)
     common.write_results(out, "biflow", cfg, dataset, rows, began, reported_eps=best and best["eps"],
                          loss_by_decile=deciles)
+    pictures(out, rows, videos, log)
     print("\nheld-out loss by decile of t (FLOW) or alpha (the others):",
           *(f"  {k:9s}" + " ".join(f"{v:8.4f}" for v in vs) for k, vs in deciles.items()), sep="\n")
     for title, solver in ((f"Tab. 1: adaptive Heun, tolerance {cfg.tol:g}", "heun"),

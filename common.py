@@ -84,11 +84,10 @@ def guided_steps(cfg):
     """--guided, steps of a sampler counted from 0, as a set: '0-3,6' -> {0, 1, 2, 3, 6}. Raises Fault."""
     try:
         ends = [[int(n) for n in part.split("-")] for part in cfg.guided.split(",") if part]
-        found = {k for e in ends for k in range(e[0], e[-1] + 1)}
-        assert all(len(e) <= 2 for e in ends) and all(0 <= k < cfg.steps for k in found)
+        assert all(len(e) <= 2 and 0 <= e[0] <= e[-1] < cfg.steps for e in ends)
     except (ValueError, AssertionError):
         raise Fault(f"--guided {cfg.guided}: must be steps from 0 to {cfg.steps - 1} and ranges of them, as in 0-3,6")
-    return found
+    return {k for e in ends for k in range(e[0], e[-1] + 1)}
 
 def run(main):
     """Call main(); a Fault or Ctrl-C ends in one line instead of a traceback."""
@@ -992,8 +991,9 @@ def save_curves(path, panels, size=(840, 520), across=2):
         above, edge = k // across * size[1], k % across * size[0]
         x0, y0, y1 = edge + 90, above + size[1] - 84, above + 76  # the frame, its labels to the right of it
         x1 = edge + size[0] - 32 - max([draw.textlength(label, font) for label in lines], default=0)
-        drawn = {label: (xs, [max(y, 1e-9) for y in ys] if log else ys) for label, (xs, ys) in lines.items()}
-        points = [p for xs, ys in drawn.values() for p in zip(xs, ys)] or [(1.0, 1.0)]
+        drawn = {label: [(x, max(y, 1e-9) if log else y) for x, y in zip(xs, ys) if math.isfinite(y)]
+                 for label, (xs, ys) in lines.items()}
+        points = sum(drawn.values(), []) or [(1.0, 1.0)]
         ranges = [(min(v), max(v) if max(v) > min(v) else min(v) + (abs(min(v)) or 1.0)) for v in zip(*points)]
         share = lambda v, low, high, log: math.log(v / low, high / low) if log else (v - low) / (high - low)
         at_x = lambda x: x0 + 12 + share(x, *ranges[0], log_x) * (x1 - x0 - 24)
@@ -1008,8 +1008,8 @@ def save_curves(path, panels, size=(840, 520), across=2):
             draw.line((x0, at_y(y), x1, at_y(y)), "#e6e6e6", 2)
             draw.text((x0 - 8, at_y(y)), f"{y:.5g}", "black", font, anchor="rm")
         draw.rectangle((x0, y1, x1, y0), outline="#999999", width=2)
-        for n, (label, (xs, ys)) in enumerate(drawn.items()):
-            ink, path_ = INKS[n % len(INKS)], [(at_x(x), at_y(y)) for x, y in zip(xs, ys)]
+        for n, (label, line) in enumerate(drawn.items()):
+            ink, path_ = INKS[n % len(INKS)], [(at_x(x), at_y(y)) for x, y in line]
             draw.line(path_, ink, 4, joint="curve")
             for x, y in path_ if len(path_) <= 20 else ():
                 draw.ellipse((x - 6, y - 6, x + 6, y + 6), fill=ink)

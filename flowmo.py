@@ -13,8 +13,9 @@ at the worst place it varies less. Nothing is trained for it. The paper's equati
     Eq. 8   loss              L = max_{w,h} s_{w,h}
     Eq. 9   guidance          z <- z - eta grad_z L,  then u is evaluated again      with Adam, fresh at every step
 
-A first Adam step divides the gradient by its own size, so every element of z moves by eta: a sign step. That is the
-paper's algorithm and our default; Eq. 9 as it is printed, the released code and the paper's ablations are other rows.
+A first Adam step divides the gradient by its own size, so every element of z moves by eta: a sign step. Adam is the
+paper's, making it anew at every step its code's. Other rows are Eq. 9 as printed, the released code's order (u is not
+evaluated again) and two of the paper's three ablations; the third, all steps guided, is --guided 0-15.
 
     python flowmo.py                                  # two CPU cores: about 9 minutes; a GPU: the `small` preset
     python flowmo.py --eval_only --eta 0.03           # other guidance, same model: two minutes
@@ -283,8 +284,8 @@ METHODS = ("base", "random", "flowmo", "flowmo-gd", "flowmo-norefresh", "flowmo-
 
 def guidance(cfg, method):
     """How `method` guides a step: guide(z, v, t) -> (z, u); None if it does not."""
-    pixels = [int(n) for n in cfg.fold.split(",")]
-    loss = lambda **how: lambda u: flowmo_loss(fold(u, *pixels), **how)
+    place = [int(n) for n in cfg.fold.split(",")]  # frames, pixels
+    loss = lambda **how: lambda u: flowmo_loss(fold(u, *place), **how)
     coin = dice(cfg.seed, 3, 0)
     signs = lambda g: (2 * torch.randint(2, g.shape, generator=coin) - 1).to(g)
     how = {"flowmo": lambda t: {}, "flowmo-gd": lambda t: dict(eta=cfg.eta_plain, direction=lambda g: g),
@@ -301,7 +302,7 @@ def evaluations(cfg, method):
         method, cfg.steps + more * len(common.guided_steps(cfg)))
 
 def evaluate(cfg, net, prompts, words, noise, moments, device):
-    """Sample the same prompts and noise with every method: rows, videos, and by step of "base" the loss of Eq. 8."""
+    """Sample the same prompts and noise with every method: rows, videos, and what note() keeps."""
     rows, videos, spread, told = [], {}, {}, {}
     grid, chosen = time_grid(cfg.steps, cfg.shift), common.guided_steps(cfg)
     again, text = torch.randn(noise.shape, generator=dice(cfg.seed, 3, 1)), encode(prompts, words, net.length)
@@ -337,11 +338,12 @@ def evaluate(cfg, net, prompts, words, noise, moments, device):
     spread = {k: torch.cat(v) for k, v in spread.items()}  # (statistic, step): (N,)
     return rows, videos, spread, told
 
-def note(spread, told, name, i, z, u, t, guided):
-    """Keep what the paper looks at, at step i: Eq. 8 of u and of the clean estimate (Eq. 4), by base; its pictures."""
+def note(spread, told, name, i, z, u, t, place):
+    """Keep what the paper looks at: spread (statistic, step): Eq. 8 of u and of the clean estimate (Eq. 4), of base;
+    told (method, step): the first clean estimate, for pictures."""
     clean = z - t * u  # Eq. 4
     if name == "base":
-        for kind, value in (("u", u), ("u, --fold", fold(u, *guided)), ("u, 2x4x4", fold(u, 2, 4)),
+        for kind, value in (("u", u), ("u, --fold", fold(u, *place)), ("u, 2x4x4", fold(u, 2, 4)),
                             ("clean estimate", clean)):  # of single pixels, but for what is folded
             for over in ("max", "mean"):
                 spread.setdefault((f"{kind}, {over}", i), []).append(flowmo_loss(value, over=over).cpu())
@@ -427,8 +429,6 @@ def main():
           f"{sum(p.numel() for p in net.parameters()):,} parameters")
     for module in (net, average.module) if cfg.compile else ():
         module.compile()
-    if cfg.eval_only:
-        average.load_state_dict(saved["train"]["parts"]["average"])
     stage = partial(common.stage, "flowmo", cfg, out, saved, columns=["loss"])
     train(cfg, stage, net, average, train_clips, encode(captions, words, length), moments, device)
     net = average.module.eval().requires_grad_(False)  # no weight needs a gradient
@@ -443,10 +443,10 @@ def main():
         judged = common.score(rows, videos, prompts, ("base", "random"))
         common.score(reference, {"real": real}, test_captions[:len(real)])
         found = premise(spread, judged["base"]["coherent"] == 1) if "base" in judged else {}
-    pictures(cfg, out, rows, videos | {"real": real}, told, found, saved["log"])
     dataset = dict(name=cfg.dataset, source=source, clips=[len(train_clips), len(test_clips)], size=cfg.size)
     common.write_results(out, "flowmo", cfg, dataset, rows, began, loss_by_decile=deciles, premise=found,
                          reference=reference)
+    pictures(cfg, out, rows, videos | {"real": real}, told, found, saved["log"])
     print("\nheld-out loss by decile of t:", " ".join(f"{v:.3f}" for v in deciles))
     for kind, f in found.items():
         print(f"AUC, step 0 ... {cfg.steps - 1}, {kind + ':':22s}",

@@ -8,7 +8,7 @@ changes, and neither does the prompt itself. Its steps (the paper's equation num
     Tweedie    x_{0|t} = D(x; sigma, c(T))                                      the clean estimate
     flow       f = RAFT(decode(x_{0|t})_i, decode(x_{0|t})_j)                   of random pairs of frames, two decoded
     loss       l = lambda1 log(1 - phi(f)) + lambda2 TV(f) + lambda3 || T - T0 ||^2        phi: chance of being real
-    optimise   T <- Adam(dl / dT), K times; then a step of the sampler with c(T)
+    optimise   T <- Adam(dl / dT), K times; then a step of the sampler with c(T); the next step goes on from T
     half-way   the second half of the steps has the plain prompt, which keeps the appearance
 
     python motionprompt.py                                   # two CPU cores: about 12 minutes; a GPU: `small`
@@ -56,14 +56,14 @@ class Config:
     methods: str = opt("base,words,motionprompt,random,latent", "what to sample with, of METHODS; or all")
     tokens: str = opt("steady,steady", "words whose embeddings the appended tokens start from; n of them")
     K: int = opt(4, "optimisation steps at every guided step of the sampler", 0, 10**4)
-    lr: float = opt(0.1, "of Adam, for the tokens", 0, 100)
+    lr: float = opt(0.05, "of Adam, for the tokens", 0, 100)
     lambda1: float = opt(1.0, "weight of the discriminator's log(1 - phi)", 0, 10**6)
     lambda2: float = opt(0.1, "weight of the flow's total variation, per pixel of flow", 0, 10**6)
     lambda3: float = opt(0.01, "weight of the distance of the tokens from where they started", 0, 10**6)
     guided: str = opt("", "steps with tokens, counted from 0: numbers and ranges; empty: the first half, as the paper")
     pairs: int = opt(2, "random pairs of frames at every optimisation step", 1, 256)
     gap: int = opt(3, "frames between the two of a pair, at most", 1, 255)
-    keep: bool = opt(False, "carry the tokens from one step of the sampler to the next, instead of starting afresh")
+    keep: bool = opt(True, "tokens go on from one step of the sampler to the next; --no-keep: from T0 at each")
     inner_rho: float = opt(0.0, "guidance by the prompt inside the optimisation; 0: conditional only", 0, 100)
     vit: str = opt("tiny", "of the discriminator: ours, or torchvision's, pretrained", choices=("tiny", "vit_b_16"))
     latent_eta: float = opt(0.05, "size of a step on the latent, a share of sigma, for the method `latent`", 0, 100)
@@ -85,7 +85,7 @@ PRESETS = {
     "paper": dict(iters=100000, raft_iters=20000, disc_iters=20000, batch=64, size=64, frames=16, width=768, layers=12,
                   train_lr=2e-4, ema=0.9995, clips=100000, fakes=5000, prompts=800, steps=50, gap=15, amp=True),
 }
-FREE = 3  # places for tokens behind the longest prompt
+FREE = 3  # places for tokens behind the longest caption
 
 # Notation. B, C, T, H, W: batch, channels, frames, height, width. x: noisy video at noise level sigma (B,), data of
 # variance 1; D: the clean estimate. Prompt (B, L, d), tokens (B, n, d): embeddings of words. Flow (N, 2, H, W), pixels.
@@ -133,13 +133,14 @@ def euler(denoise, x, sigmas, text_at):
     return x
 
 def motionprompt(denoise, encode, prompt, start, x, sigmas, decode, estimate, discriminate, guided, K, lr, weights,
-                 pairs, keep=False, inner=None, watch=None):
+                 pairs, keep=True, inner=None, watch=None):
     """Euler sampling with tokens optimised in the steps `guided`, and the plain prompt in the others: x at sigmas[-1].
 
     denoise(x, sigma (B,), c) -> D; encode(prompt (B, L, d), tokens (B, n, d) or None) -> c; start: T0; x at sigmas[0],
     (B, C, T, H, W); decode, estimate as in flow_of_pairs; discriminate(flow) -> logit of being real (N,); pairs(B) ->
-    i, j (B, K). keep: tokens go on from step to step. inner: the denoiser inside the optimisation, if another one.
-    watch(step, tokens) sees the tokens. Gradients reach the tokens alone if no weight requires one.
+    i, j (B, K). keep: tokens go on from step to step, else every step starts from T0. inner: the denoiser inside the
+    optimisation, if another one. watch(step, tokens) sees the tokens. Gradients reach the tokens alone if no weight
+    requires one.
     """
     T = start
     def text_at(step, x, sigma):
@@ -406,19 +407,19 @@ def train_video(cfg, stage, net, average, clips, text, moments, device):
     stage("video", cfg.iters, dict(net=net, average=average, optimiser=optimiser), step)
 
 def spread(text, g):
-    """The last word of the longest captions, in `sprites` the word of quality, moves to a random one of the FREE last
-    places, so that tokens there mean something: (B, L) -> (B, L)."""
-    place = text.shape[1] - FREE + torch.randint(FREE, (len(text), 1), generator=g)
-    return text.clone().index_fill_(1, torch.arange(text.shape[1] - FREE, text.shape[1]), 0).scatter(
-        1, place, text[:, -FREE:-FREE + 1])
+    """The last word of the longest captions, in `sprites` the word of quality, moves to a random place from its own to
+    the last, so that tokens there mean something: (B, L) -> (B, L)."""
+    own = text.shape[1] - FREE - 1
+    place = own + torch.randint(FREE + 1, (len(text), 1), generator=g)
+    return text.clone().index_fill_(1, torch.arange(own, text.shape[1]), 0).scatter(1, place, text[:, own:own + 1])
 
 def denoiser(net):
     """denoise(x, sigma, c) -> D(x; sigma, c) of the trained network."""
     return lambda x, sigma, c: edm_denoise(lambda z, c_noise: net["video"](z, c_noise, c), x, sigma)
 
 def train_discriminator(cfg, stage, real, fake, estimate, device):
-    """The discriminator on flows of real (N, T, 3, H, W) against generated clips: the usual GAN loss, nothing to train
-    against. The flow of both comes from the same estimator and the same law of pairs."""
+    """The discriminator on flows of real (N, T, 3, H, W) against generated clips: the usual GAN loss, but no generator
+    is trained. The flow of both comes from the same estimator and the same law of pairs."""
     torch.manual_seed(cfg.seed + 2)
     large = cfg.vit == "vit_b_16" and common.pretrained(torchvision.models.vit_b_16, "--vit vit_b_16", "--vit tiny")
     net = Discriminator(cfg.size, large).to(device)
@@ -466,7 +467,7 @@ def evaluate(cfg, net, estimate, disc, prompts, vocabulary, noise, sigmas, momen
         for a in tqdm(range(0, len(noise), 32), f"sampling {name}", leave=False):
             x, prompt = sigmas[0] * noise[a:a + 32].to(device), said[a:a + 32]
             start, tools = first.expand(len(x), -1, -1), (decode, estimate, disc, guided, cfg.K)
-            def control(step, x, sigma):  # the words as they are, or moved at random as far as MotionPrompt moved them
+            def control(step, x, sigma):  # words: far is 0; random: as far as MotionPrompt's T from T0 at this step
                 if step not in guided or name == "base": return text(prompt)
                 away = torch.randn(start.shape, generator=g).to(start) * (name == "random")
                 far = moved.get((a, step), start.new_zeros(len(x))) / away.flatten(1).norm(dim=1).clamp(min=1e-12)
@@ -537,7 +538,7 @@ def main():
     device = common.pick_device(cfg.device)
     cfg.device = str(device)
     train_clips, test_clips, captions, test_captions, words, longest, source = common.load_captioned(cfg)
-    length = longest + FREE - 1
+    length = longest + FREE
     if len(train_clips) < 4:
         raise Fault(f"{len(train_clips)} training clips: the discriminator needs 4 at least")
     for w in set(cfg.tokens.split(",")) - set(words):
@@ -586,9 +587,9 @@ def main():
     if source == "procedural":
         common.score(rows, videos, prompts, ("base", "words", "random"))
     videos["real"] = stack(test_clips, range(min(cfg.prompts, len(test_clips))))
-    pictures(cfg, out, videos, estimate, saved["log"], device)
     dataset = dict(name=cfg.dataset, source=source, clips=[len(train_clips), len(test_clips)], size=cfg.size)
     common.write_results(out, "motionprompt", cfg, dataset, rows, began, discriminator=quality)
+    pictures(cfg, out, videos, estimate, saved["log"], device)
     print("\ndiscriminator, held out:", ", ".join(f"{k} {v:.2f}" for k, v in quality.items() if k != "calibration"))
     print("phi against the share of real pairs:", ", ".join(f"{p:.2f} {q:.2f}" for p, q in quality["calibration"]))
     print(f"\n{cfg.prompts} prompts, Euler, {cfg.steps} steps, guided {cfg.guided}, tokens {cfg.tokens}, K {cfg.K}, "

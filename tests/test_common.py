@@ -1,5 +1,6 @@
 """Clips, worlds, the command line and what a run writes."""
 import errno
+import math
 import os
 import pickle
 import resource
@@ -364,7 +365,7 @@ def test_sheet_gif_and_curves_show_what_they_are_given(tmp_path):
     common.save_gif(tmp_path / "a.gif", [page, common.sheet([("x", red)] * 2, [], scale=2, left=50), page])
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames == 3 and gif.size == page.size
-    panel = dict(title="t", x="x", y="y", lines={"up": ([0, 1, 2], [1, 10, 100]), "dot": ([1], [1e-12])}, log=True)
+    panel = dict(title="t", x="x", y="y", lines={"up": ([0, 1, 2], [1, 10, 100]), "dot": ([1], [1e-12]), "none": ([0], [math.nan])}, log=True)
     flat = dict(panel, log=False, lines={"flat": ([0, 1], [3, 3])})
     common.save_curves(tmp_path / "c.png", [panel, flat, dict(flat, lines={})], size=(300, 200))
     with Image.open(tmp_path / "c.png") as chart:

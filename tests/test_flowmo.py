@@ -337,6 +337,7 @@ def test_captioned_clips_of_ones_own_work_and_a_missing_caption_is_named(run, tm
 
 @pytest.mark.parametrize("flags, says", [
     ("--methods best", "--methods best: 'best' is unknown"), ("--guided x", "--guided x: must be steps"),
+    ("--guided 2-1", "--guided 2-1: must be steps"),
     ("--guided 0-9", "--guided 0-9: must be steps from 0 to 3"), ("--size 18", "--size 18"),
     ("--fold 3,1", "--fold 3,1: must be two numbers"), ("--fold 1", "--fold 1"),
     ("--eta -1", "--eta -1.0: must lie between"), ("--dataset sky", "has no captions"),
