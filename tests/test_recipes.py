@@ -173,14 +173,14 @@ def animatediff():
 
 def test_motionprompt_in_animatediff_moves_new_tokens_only_and_its_loss_falls(animatediff):
     space, tokens, logits, plain = recipe("MotionPrompt"), [], [], []
-    def watched(denoise, encode, prompt, start, x, *rest):
+    def watched(denoise, encode, prompt, start, x, *rest, inner):
         pairs = lambda B: (torch.tensor([[0]]), torch.tensor([[3]]))  # always the same, so that losses compare
         assert start.shape == (1, 2, 16)  # two words
         def noted(ids, T):
             plain.append(T is None)
             return encode(ids, T)
         return motionprompt.motionprompt(denoise, noted, prompt, start, x, *rest[:-1], pairs,
-                                         watch=lambda step, T: tokens.append((T - start).abs().max().item()))
+                                         inner=inner, watch=lambda step, T: tokens.append((T - start).abs().max().item()))
     space["motionprompt"] = watched
     table = animatediff.text_encoder.get_input_embeddings().weight.clone()
     def discriminate(flow):
