@@ -365,7 +365,8 @@ def test_sheet_gif_and_curves_show_what_they_are_given(tmp_path):
     common.save_gif(tmp_path / "a.gif", [page, common.sheet([("x", red)] * 2, [], scale=2, left=50), page])
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames == 3 and gif.size == page.size
-    panel = dict(title="t", x="x", y="y", lines={"up": ([0, 1, 2], [1, 10, 100]), "dot": ([1], [1e-12]), "none": ([0], [math.nan])}, log=True)
+    panel = dict(title="t", x="x", y="y", log=True, lines={
+        "up": ([0, 1, 2], [1, 10, 100]), "dot": ([1], [1e-12]), "none": ([0], [math.nan])})
     flat = dict(panel, log=False, lines={"flat": ([0, 1], [3, 3])})
     common.save_curves(tmp_path / "c.png", [panel, flat, dict(flat, lines={})], size=(300, 200))
     with Image.open(tmp_path / "c.png") as chart:
@@ -378,7 +379,7 @@ def test_ticks_are_round_few_and_inside():
     assert common.ticks(0.0, 15.0, False) == [0, 5, 10, 15] and common.ticks(0.3, 139.0, True) == [1, 10, 100]
     assert common.ticks(3.27, 61.5, True) == [5, 10, 20, 50]
     assert common.ticks(1e-4, 2e3, True) == pytest.approx([1e-4, 1e-2, 1, 100])
-    for low, high, log in ((-1.7, 1.0, False), (0.447, 0.717, False), (2.0, 2.1, True), (32, 128, False), (9.99, 10.01, False)):
+    for low, high, log in ((-1.7, 1, False), (0.447, 0.717, False), (2, 2.1, True), (32, 128, False), (9.99, 10, False)):
         found = common.ticks(low, high, log)
         assert 2 <= len(found) <= 7 and low - 1e-9 <= found[0] and found[-1] <= high + 1e-9
         assert all(float(f"{v:.5g}") == pytest.approx(v) for v in found)  # what is printed is where the line is

@@ -179,8 +179,8 @@ def test_motionprompt_in_animatediff_moves_new_tokens_only_and_its_loss_falls(an
         def noted(ids, T):
             plain.append(T is None)
             return encode(ids, T)
-        return motionprompt.motionprompt(denoise, noted, prompt, start, x, *rest[:-1], pairs,
-                                         inner=inner, watch=lambda step, T: tokens.append((T - start).abs().max().item()))
+        seen = lambda step, T: tokens.append((T - start).abs().max().item())
+        return motionprompt.motionprompt(denoise, noted, prompt, start, x, *rest[:-1], pairs, inner=inner, watch=seen)
     space["motionprompt"] = watched
     table = animatediff.text_encoder.get_input_embeddings().weight.clone()
     def discriminate(flow):
