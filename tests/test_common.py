@@ -379,7 +379,8 @@ def test_ticks_are_round_few_and_inside():
     assert common.ticks(0.0, 15.0, False) == [0, 5, 10, 15] and common.ticks(0.3, 139.0, True) == [1, 10, 100]
     assert common.ticks(3.27, 61.5, True) == [5, 10, 20, 50]
     assert common.ticks(1e-4, 2e3, True) == pytest.approx([1e-4, 1e-2, 1, 100])
-    for low, high, log in ((-1.7, 1, False), (0.447, 0.717, False), (2, 2.1, True), (32, 128, False), (9.99, 10, False)):
+    ranges = ((-1.7, 1, False), (0.447, 0.717, False), (2, 2.1, True), (32, 128, False), (9.99, 10, False))
+    for low, high, log in ranges:
         found = common.ticks(low, high, log)
         assert 2 <= len(found) <= 7 and low - 1e-9 <= found[0] and found[-1] <= high + 1e-9
         assert all(float(f"{v:.5g}") == pytest.approx(v) for v in found)  # what is printed is where the line is
