@@ -71,7 +71,7 @@ class Config:
 
 PRESETS = {
     "tiny": {},
-    "small": dict(iters=20000, batch=64, size=64, width=96, mults="1,1.5,2", blocks=2, lr=5e-4, ema=0.999, clips=4000,
+    "small": dict(iters=6000, batch=64, size=64, width=96, mults="1,1.5,2", blocks=2, lr=5e-4, ema=0.999, clips=4000,
                   streams=64, frames=256, amp=True),
     "paper": dict(iters=200000, batch=128, size=128, width=192, mults="1,1,2,2,2,4,4", blocks=2, patch=1, lr=1e-4,
                   lr_end=1.0, ema=0.0, clips=20000, streams=128, frames=512, amp=True),
@@ -361,7 +361,8 @@ def train(cfg, clips, nets, averages, out, device):
         common.write(out / "log.csv", common.as_csv(log))
 
     step, recent, bar = start, [], tqdm(total=cfg.iters, initial=start, desc="training")
-    loader = common.batches(clips, cfg.batch, 2, cfg.seed, range(start, cfg.iters), device)
+    make = common.Batches(clips, cfg.batch, 2, cfg.seed).__getitem__
+    loader = common.ahead(make, range(start, cfg.iters), cfg.device, clips)
     with common.interruptible() as interrupted:
         for step, frames in enumerate(loader, start + 1):
             x0, x1 = to_float(frames.to(device, non_blocking=True)).unbind(1)  # 2 x (B, 3, H, W)

@@ -185,10 +185,11 @@ def _name(source):
     return str(source[0].parent.name if isinstance(source, list) else source.name)
 
 class Clips(torch.utils.data.Dataset):
-    """Clips of one split. `frames(i, a, b)` is uint8 (b - a, 3, H, W); small sets are held in memory, others read."""
+    """Clips of one split. `frames(i, a, b)` is uint8 (b - a, 3, H, W); small sets are held in memory, others read.
+    captions: of a procedural world that has them."""
 
-    def __init__(self, sources, lengths, size, cache):
-        self.sources, self.lengths, self.size, self.cache = sources, lengths, size, cache
+    def __init__(self, sources, lengths, size, cache, captions=None):
+        self.sources, self.lengths, self.size, self.cache, self.captions = sources, lengths, size, cache, captions
 
     def __len__(self):
         return len(self.lengths)
@@ -253,12 +254,12 @@ def load_clips(dataset, data_dir, size, counts, frames, seed, min_frames=2, **wo
     train, test = (render(dataset, s, n, size, frames, seed, **world) for s, n in zip(("train", "test"), counts))
     return train, test, "procedural"
 
-def captions_of(clips, dataset, split, size, frames, seed):
+def captions_of(clips, dataset):
     """The caption of every clip; of a real one the text file beside it (clip7/, clip7.gif: clip7.txt). Raises Fault."""
     if clips.sources is None:
-        if dataset != "sprites":
+        if not clips.captions[0]:
             raise Fault(f"--dataset {dataset}: this procedural world has no captions; use sprites, or captioned clips")
-        return [sprites(world_rng(seed, split, k), size, frames)["caption"] for k in range(len(clips))]
+        return clips.captions
     found = []
     for source in clips.sources:
         clip = source[0].parent if isinstance(source, list) else source
@@ -274,8 +275,7 @@ def load_captioned(cfg, test=512):
     has, and 'real' or 'procedural'. Raises Fault."""
     train_clips, test_clips, source = load_clips(cfg.dataset, cfg.data_dir, cfg.size, (cfg.clips, test), cfg.frames,
                                                  cfg.seed, min_frames=cfg.frames)
-    captions = [captions_of(clips, cfg.dataset, split, cfg.size, cfg.frames, cfg.seed)
-                for clips, split in ((train_clips, "train"), (test_clips, "test"))]
+    captions = [captions_of(clips, cfg.dataset) for clips in (train_clips, test_clips)]
     words = [words_of(c) for c in captions[0]]
     return train_clips, test_clips, *captions, sorted(set().union(*words)), max(map(len, words)), source
 
@@ -296,11 +296,14 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, step):
         return torch.stack([self.clips.frames(i, a, a + self.length) for i, a in zip(*self.where(step))])
 
-def batches(clips, batch, length, seed, steps, device):
-    """The batches of `steps` (a range); frames that are read from disk are read by workers, ahead of the training."""
-    workers = 0 if clips.cache is not None else min(8, os.cpu_count())
-    return torch.utils.data.DataLoader(Batches(clips, batch, length, seed), batch_size=None, sampler=steps,
-                                       num_workers=workers, pin_memory=device.type == "cuda")
+def ahead(make, steps, device, clips):
+    """make(step) for all of `steps` (a range); ahead of the training, by workers, where a GPU would have to wait for it
+    or frames are read from disk. make: a method, or functools.partial of a function, which can be sent to a worker."""
+    cuda = device.startswith("cuda")
+    workers = min(8, os.cpu_count()) if cuda or clips.cache is None else 0
+    way = "fork" if cuda else None  # clips in memory are shared with a fork, anything else would copy them
+    return torch.utils.data.DataLoader(steps, batch_size=None, collate_fn=make, num_workers=workers, pin_memory=cuda,
+                                       multiprocessing_context=way)
 
 # ---------------------------------------------------------------------------------------------- procedural worlds
 def world_rng(seed, split, index):
@@ -308,15 +311,16 @@ def world_rng(seed, split, index):
     return np.random.default_rng([seed, {"train": 0, "test": 1}[split], index])
 
 def _rendered(index, name, split, size, frames, seed, world):
-    return WORLDS[name](world_rng(seed, split, index), size, frames, **world)["video"]
+    clip = WORLDS[name](world_rng(seed, split, index), size, frames, **world)
+    return clip["video"], clip.get("caption", "")
 
 def render(name, split, count, size, frames, seed, **world):
     """`count` clips of a procedural world, held in memory."""
     one = partial(_rendered, name=name, split=split, size=size, frames=frames, seed=seed, world=world)
     workers = min(8, os.cpu_count()) if count * frames * size**2 > 4e6 else 0
     loader = torch.utils.data.DataLoader(range(count), batch_size=None, collate_fn=one, num_workers=workers)
-    cache = [v.clone() for v in tqdm(loader, f"rendering {name} {split}", leave=False)]
-    return Clips(None, [frames] * count, size, cache)
+    cache, captions = zip(*((v.clone(), c) for v, c in tqdm(loader, f"rendering {name} {split}", leave=False)))
+    return Clips(None, [frames] * count, size, cache, captions)
 
 def sky(rng, size, frames, wind="known", flow=False):
     """Two layers of cloud drifting over a sky gradient behind a ridge of hills.
@@ -898,19 +902,21 @@ def load_stages(path, script, cfg, must_fit, same_training, last):
                     "of a finished run give the number it has")
     return {k: v for k, v in saved.items() if k not in ("script", "config")}
 
-def stage(script, cfg, out, saved, name, until, parts, step, columns, watch=()):
-    """Run step(k) -> {loss: scalar tensor} for every k up to `until` not done yet; save, resume, stop as asked to.
+def stage(script, cfg, out, saved, clips, columns, name, until, parts, make, step, watch=()):
+    """Run step(k, make(k)) -> {loss: scalar tensor} for every k up to `until` not done yet; saves; ends at Ctrl-C.
 
     parts: what has a state_dict. saved: the checkpoint, {name: {step, parts}, "log": rows}. columns: the losses of all
-    stages, for the log. watch: further steps to save at. Raises Fault if a loss is not finite, before it saves.
+    stages, for the log. make, clips: as in ahead(); None: the step needs no data. watch: further steps to save at.
+    Raises Fault if a loss is not finite, before it saves.
     """
     done = saved.get(name, {}).get("step", 0)
     for k, part in parts.items() if done else ():
         part.load_state_dict(saved[name]["parts"][k])
     bar, recent, began = tqdm(total=until, initial=done, desc=name), [], time.time()
     with interruptible() as interrupted:
-        for k in range(done + 1, until + 1):
-            losses = step(k)
+        steps = range(done + 1, until + 1)
+        for k, data in zip(steps, ahead(make, steps, cfg.device, clips) if make else steps):
+            losses = step(k, data)
             recent.append(torch.stack([v.detach() for v in losses.values()]))
             if k % 25 and k != until and k not in watch and not interrupted[0]:
                 continue  # reading the loss more often would stall a GPU

@@ -77,8 +77,8 @@ class Config:
 
 PRESETS = {
     "tiny": {},
-    "small": dict(iters=3000, base_iters=6000, raft_iters=4000, batch=16, size=64, width=96, lr=5e-4, lr_tune=2e-4,
-                  ema=0.995, clips=4000, points="100,300,1000,3000", videos=64, steps=16, amp=True),
+    "small": dict(iters=2000, base_iters=6000, raft_iters=3000, batch=16, size=64, width=96, lr=5e-4, lr_tune=2e-4,
+                  ema=0.995, clips=4000, points="100,300,1000", videos=64, steps=16, amp=True),
     "paper": dict(iters=10000, base_iters=50000, raft_iters=20000, batch=16, size=128, width=192, mults="1,1,2,2,4",
                   lr=1e-4, lr_tune=5e-5, ema=0.999, clips=20000, points="100,1000,10000", videos=128, amp=True),
 }
@@ -333,8 +333,8 @@ def train_raft(cfg, stage, device):
     torch.manual_seed(cfg.seed)
     raft = TinyRAFT().to(device)
     optimiser = torch.optim.AdamW(raft.parameters(), 2e-3)
-    def step(k):
-        a, b, true = (x.to(device) for x in flow_pairs(cfg, k, 16))
+    def step(k, pairs):
+        a, b, true = (x.to(device) for x in pairs)
         g = dice(cfg.seed, 1, k)
         noise = 0.1 * torch.rand(1, generator=g) * (torch.rand(1, generator=g) < 0.3)
         a, b = (x + (noise * torch.randn(x.shape, generator=g)).to(device) for x in (a, b))
@@ -344,7 +344,7 @@ def train_raft(cfg, stage, device):
         descend(loss, raft, optimiser, min(1, k / 50, 1.02 - k / cfg.raft_iters))
         return dict(flow=loss)
 
-    stage("raft", cfg.raft_iters, dict(raft=raft, optimiser=optimiser), step)
+    stage("raft", cfg.raft_iters, dict(raft=raft, optimiser=optimiser), partial(flow_pairs, cfg, count=16), step)
     raft.eval().requires_grad_(False)
     return lambda a, b: raft(a, b, cfg.updates)  # the gradient is not cut: see TinyRAFT
 
@@ -373,24 +373,28 @@ def noise_of(prior, y, g):
     draw = lambda *shape: torch.randn(*shape, generator=g).to(y.device)
     return (mean + spread * draw(len(y))).exp(), draw(*y.shape), draw(*y[:, :, 0].shape)
 
+def general_clips(cfg, step):
+    """A batch of motion in general, boxes and arms of any make: uint8 (B, T, 3, H, W)."""
+    rngs = [np.random.default_rng([cfg.seed, 4, step, b]) for b in range(cfg.batch)]
+    return torch.stack([(common.shapes(rng, cfg.size, cfg.frames, rough=0.3) if b % 2 else
+                         common.robot(rng, cfg.size, cfg.frames, make="any"))["video"] for b, rng in enumerate(rngs)])
+
 def train_base(cfg, stage, moments, device):
-    """The image-to-video model on motion in general, boxes and arms of any make, reconstruction alone: its average."""
+    """The image-to-video model on motion in general, reconstruction alone: its average."""
     torch.manual_seed(cfg.seed + 1)
     net = VideoUNet(cfg.width, [float(m) for m in cfg.mults.split(",")], cfg.patch, cfg.amp).to(device)
     average, optimiser = averaged(net, cfg.ema), torch.optim.AdamW(net.parameters(), cfg.lr)
     if cfg.compile: net.compile()
-    def step(k):
-        rngs = [np.random.default_rng([cfg.seed, 4, k, b]) for b in range(cfg.batch)]
-        clips = [common.shapes(rng, cfg.size, cfg.frames, rough=0.3) if b % 2 else
-                 common.robot(rng, cfg.size, cfg.frames, make="any") for b, rng in enumerate(rngs)]
-        y, g = normalise(torch.stack([c["video"] for c in clips]).to(device), moments), dice(cfg.seed, 2, k)
+    def step(k, clips):
+        y, g = normalise(clips.to(device), moments), dice(cfg.seed, 2, k)
         sigma, n, aug = noise_of(cfg.prior, y, g)
         D = denoiser(net, y[:, :, 0], cfg.augment, aug)(y + like(sigma, y) * n, sigma)
         loss = recon_loss(D, y, sigma).mean()
         descend(loss, net, optimiser, min(1, k / 50), average)
         return dict(base=loss)
 
-    stage("base", cfg.base_iters, dict(net=net, average=average, optimiser=optimiser), step)
+    parts = dict(net=net, average=average, optimiser=optimiser)
+    stage("base", cfg.base_iters, parts, partial(general_clips, cfg), step)
     return average.module
 
 def tune(cfg, stage, saved, base, estimate, clips, moments, device):
@@ -403,8 +407,8 @@ def tune(cfg, stage, saved, base, estimate, clips, moments, device):
         if cfg.compile: net.compile()
     batches, decode = common.Batches(clips, cfg.batch, cfg.frames, cfg.seed), decoder(moments)
     meter = saved.setdefault("meter", {o: [0.0, 0, 0] for o in objectives})  # seconds, steps, samples with a flow term
-    def step(k):
-        y, g = normalise(batches[k].to(device), moments), dice(cfg.seed, 3, k)
+    def step(k, batch):
+        y, g = normalise(batch.to(device), moments), dice(cfg.seed, 3, k)
         sigma, n, aug = noise_of(cfg.prior, y, g)
         j = torch.rand(len(y), cfg.frames - 1, generator=g).argsort(1)[:, :cfg.n_pairs].to(device) + 1  # (B, K)
         i, losses = 0 * j if cfg.pairs == "first" else j - 1, {}
@@ -425,7 +429,7 @@ def tune(cfg, stage, saved, base, estimate, clips, moments, device):
             saved.setdefault("points", {})[k] = kept
         return losses
 
-    stage("tune", cfg.iters, parts, step, watch=points_of(cfg))
+    stage("tune", cfg.iters, parts, batches.__getitem__, step, watch=points_of(cfg))
 
 # ----------------------------------------------------------------------------------------------- evaluate
 def points_of(cfg):
@@ -569,7 +573,8 @@ def main():
     saved = common.load_stages(out / "ckpt.pt", "flowloss", cfg, MUST_FIT, SAME_TRAINING, ("tune", cfg.iters))
     moments = common.moments(train_clips)  # EDM with sigma_data = 1 wants data of variance 1
     print(f"{cfg.preset} preset on {device}, {len(train_clips)} + {len(test_clips)} clips ({source})")
-    stage = partial(common.stage, "flowloss", cfg, out, saved, columns=["flow", "base", *cfg.objectives.split(",")])
+    columns = ["flow", "base", *cfg.objectives.split(",")]
+    stage = partial(common.stage, "flowloss", cfg, out, saved, train_clips, columns)
     estimate = train_raft(cfg, stage, device) if cfg.raft == "tiny" else large_raft(cfg, device)
     base = train_base(cfg, stage, moments, device)
     tune(cfg, stage, saved, base, estimate, train_clips, moments, device)

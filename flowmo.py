@@ -74,7 +74,7 @@ class Config:
 
 PRESETS = {
     "tiny": {},
-    "small": dict(iters=20000, batch=64, size=32, frames=16, width=384, layers=8, lr=5e-4, ema=0.999, clips=40000,
+    "small": dict(iters=8000, batch=64, size=32, frames=16, width=384, layers=8, lr=5e-4, ema=0.999, clips=40000,
                   steps=50, guided="9-24", amp=True),
     "paper": dict(iters=100000, batch=64, size=64, frames=16, width=768, layers=12, lr=2e-4, ema=0.9995, clips=100000,
                   steps=50, shift=5.0, rho=4.0, guided="0-11", eta=0.005, fold="1,1", amp=True),
@@ -255,9 +255,9 @@ def train(cfg, stage, net, average, clips, text, moments, device):
     """The text-to-video model, on `clips` with captions `text` (N, L)."""
     optimiser = torch.optim.AdamW(net.parameters(), cfg.lr, betas=(0.9, 0.98))
     batches = common.Batches(clips, cfg.batch, cfg.frames, cfg.seed)
-    def step(k):
+    def step(k, batch):
         g = dice(cfg.seed, 1, k)
-        z_1 = normalise(batches[k], moments).to(device)
+        z_1 = normalise(batch.to(device), moments)
         z_0 = torch.randn(z_1.shape, generator=g).to(device)
         t = torch.rand(cfg.batch, generator=g)
         near = torch.rand(cfg.batch, generator=g) < 0.4  # near noise is where motion is decided
@@ -267,7 +267,7 @@ def train(cfg, stage, net, average, clips, text, moments, device):
         descend(loss, net, optimiser, warm_decay(k, cfg.iters), average)
         return dict(loss=loss)
 
-    stage("train", cfg.iters, dict(net=net, average=average, optimiser=optimiser), step)
+    stage("train", cfg.iters, dict(net=net, average=average, optimiser=optimiser), batches.__getitem__, step)
 
 @torch.no_grad()
 def by_decile(cfg, net, clips, text, moments, device):
@@ -429,7 +429,7 @@ def main():
           f"{sum(p.numel() for p in net.parameters()):,} parameters")
     for module in (net, average.module) if cfg.compile else ():
         module.compile()
-    stage = partial(common.stage, "flowmo", cfg, out, saved, columns=["loss"])
+    stage = partial(common.stage, "flowmo", cfg, out, saved, train_clips, ["loss"])
     train(cfg, stage, net, average, train_clips, encode(captions, words, length), moments, device)
     net = average.module.eval().requires_grad_(False)  # no weight needs a gradient
     deciles = by_decile(cfg, net, test_clips, encode(test_captions, words, length), moments, device)

@@ -11,7 +11,7 @@ changes, and neither does the prompt itself. Its steps (the paper's equation num
     optimise   T <- Adam(dl / dT), K times; then a step of the sampler with c(T); the next step goes on from T
     half-way   the second half of the steps has the plain prompt, which keeps the appearance
 
-    python motionprompt.py                                   # two CPU cores: about 12 minutes; a GPU: `small`
+    python motionprompt.py                                   # two CPU cores: about 14 minutes; a GPU: `small`
     python motionprompt.py --eval_only --methods all         # the same models, all controls and ablations
 
 trains a text-to-video EDM model on captioned clips, a tiny RAFT, and the discriminator on flows of steady clips against
@@ -40,7 +40,7 @@ class Config:
     dataset: str = opt("sprites", "sprites, or a folder of your captioned clips in --data_dir")
     data_dir: str = opt("", "real clips: DATA_DIR/DATASET/{train,test}/; empty: data, else a procedural world")
     preset: str = opt("auto", "tiny (two CPU cores), small (one GPU), paper (16 frames, larger); auto: by device")
-    iters: int = opt(3000, "training steps of the text-to-video model", 0, 10**8)
+    iters: int = opt(4000, "training steps of the text-to-video model", 0, 10**8)
     raft_iters: int = opt(1200, "steps of the tiny RAFT", 0, 10**8)
     disc_iters: int = opt(600, "steps of the discriminator", 0, 10**8)
     batch: int = opt(16, "clips in a batch", 1, 65536)
@@ -80,7 +80,7 @@ class Config:
 
 PRESETS = {
     "tiny": {},
-    "small": dict(iters=20000, raft_iters=4000, disc_iters=3000, batch=64, size=32, frames=16, width=384, layers=8,
+    "small": dict(iters=8000, raft_iters=3000, disc_iters=1500, batch=64, size=32, frames=16, width=384, layers=8,
                   train_lr=5e-4, ema=0.999, clips=40000, fakes=2000, prompts=256, steps=30, gap=6, amp=True),
     "paper": dict(iters=100000, raft_iters=20000, disc_iters=20000, batch=64, size=64, frames=16, width=768, layers=12,
                   train_lr=2e-4, ema=0.9995, clips=100000, fakes=5000, prompts=800, steps=50, gap=15, amp=True),
@@ -359,20 +359,23 @@ def estimator(raft, size, updates=2):
     enlarge = lambda v: F.interpolate(v, scale_factor=k, mode="bilinear") if k > 1 else v
     return lambda a, b: F.avg_pool2d(raft(enlarge(a), enlarge(b), updates), k) / k
 
-def train_raft(cfg, stage, device):
-    """Tiny RAFT on pairs with exact flow from the worlds `sprites` (steady clips) and `shapes`, some with noise."""
-    torch.manual_seed(cfg.seed + 1)
-    raft = TinyRAFT().to(device)
-    optimiser, grow = torch.optim.AdamW(raft.parameters(), 2e-3), math.ceil(24 / cfg.size)
-    def pair(k, b):
-        rng = np.random.default_rng([cfg.seed, 5, k, b])
+def flow_pairs(cfg, step, count):
+    """Image pairs with exact flow: image1, image2 uint8 (N, 3, H, W), flow (N, 2, H, W), from two worlds."""
+    def pair(rng):
         gap = int(rng.integers(1, cfg.gap + 1))
         clip = common.shapes(rng, cfg.size, 2, flow=True, speed=0.5 * gap) if rng.uniform() < 0.4 else \
             common.sprites(rng, cfg.size, max(4, (cfg.frames - 1) // gap + 1), flow=True, steady=1.0)
         t = rng.integers(len(clip["flow"]))
         return clip["video"][t], clip["video"][t + 1], clip["flow"][t]
-    def step(k):
-        a, b, true = (torch.stack(x).to(device) for x in zip(*(pair(k, n) for n in range(16))))
+    return [torch.stack(x) for x in zip(*(pair(np.random.default_rng([cfg.seed, 5, step, k])) for k in range(count)))]
+
+def train_raft(cfg, stage, device):
+    """Tiny RAFT on procedural pairs of steady motion, some with noise."""
+    torch.manual_seed(cfg.seed + 1)
+    raft = TinyRAFT().to(device)
+    optimiser, grow = torch.optim.AdamW(raft.parameters(), 2e-3), math.ceil(24 / cfg.size)
+    def step(k, pairs):
+        a, b, true = (x.to(device) for x in pairs)
         g = dice(cfg.seed, 5, k)
         noise = 0.2 * torch.rand(1, generator=g) * (torch.rand(1, generator=g) < 0.5)
         a, b = (to_float(x) + (noise * torch.randn(x.shape, generator=g)).to(device) for x in (a, b))
@@ -383,7 +386,7 @@ def train_raft(cfg, stage, device):
         loss = sum(0.8 ** (3 - n) * (weight * (f - true).abs().sum(1)).mean() for n, f in enumerate(flows))
         descend(loss, raft, optimiser, warm_decay(k, cfg.raft_iters))
         return dict(raft=loss)
-    stage("raft", cfg.raft_iters, dict(raft=raft, optimiser=optimiser), step)
+    stage("raft", cfg.raft_iters, dict(raft=raft, optimiser=optimiser), partial(flow_pairs, cfg, count=16), step)
     return raft.eval().requires_grad_(False)
 
 def train_video(cfg, stage, net, average, clips, text, moments, device):
@@ -392,9 +395,9 @@ def train_video(cfg, stage, net, average, clips, text, moments, device):
         dict(params=net["video"].parameters()), dict(params=net["text"].parameters(), lr=0.1 * cfg.train_lr)],
         cfg.train_lr, betas=(0.9, 0.98))
     batches = common.Batches(clips, cfg.batch, cfg.frames, cfg.seed)
-    def step(k):
+    def step(k, batch):
         g = dice(cfg.seed, 1, k)
-        y = normalise(batches[k], moments).to(device)
+        y = normalise(batch.to(device), moments)
         t, near = torch.rand(2, cfg.batch, generator=g)
         t = torch.where(near < 0.4, 0.85 + 0.15 * t, t).clamp(0.01, 0.99)  # motion is decided at high noise
         sigma = (t / (1 - t)).to(device)
@@ -404,7 +407,7 @@ def train_video(cfg, stage, net, average, clips, text, moments, device):
         loss = (edm_weight(sigma) * (D - y).square().flatten(1).mean(1)).mean()
         descend(loss, net, optimiser, warm_decay(k, cfg.iters), average)
         return dict(video=loss)
-    stage("video", cfg.iters, dict(net=net, average=average, optimiser=optimiser), step)
+    stage("video", cfg.iters, dict(net=net, average=average, optimiser=optimiser), batches.__getitem__, step)
 
 def spread(text, g):
     """The last word of the longest captions, in `sprites` the word of quality, moves to a random place from its own to
@@ -424,17 +427,18 @@ def train_discriminator(cfg, stage, real, fake, estimate, device):
     large = cfg.vit == "vit_b_16" and common.pretrained(torchvision.models.vit_b_16, "--vit vit_b_16", "--vit tiny")
     net = Discriminator(cfg.size, large).to(device)
     optimiser = torch.optim.AdamW(net.parameters(), 3e-5 if large else 1e-3, weight_decay=0.05)
-    def step(k):
+    clips = real.to(device), fake.to(device)
+    def step(k, _):
         g, logits = dice(cfg.seed, 6, k), []
-        for clips in (real, fake):
-            video = to_float(clips[torch.randint(len(clips), (32,), generator=g)]).transpose(1, 2).to(device)
+        for kind in clips:
+            video = to_float(kind[torch.randint(len(kind), (32,), generator=g)]).transpose(1, 2)
             with torch.no_grad():
                 flow = flow_of_pairs(video, *random_pairs(32, cfg.frames, 1, cfg.gap, g), lambda v: v, estimate)
             logits.append(net(flow))
         loss = -(F.logsigmoid(logits[0]).mean() + F.logsigmoid(-logits[1]).mean()) / 2
         descend(loss, net, optimiser, warm_decay(k, cfg.disc_iters))
         return dict(disc=loss)
-    stage("disc", cfg.disc_iters, dict(disc=net, optimiser=optimiser), step)
+    stage("disc", cfg.disc_iters, dict(disc=net, optimiser=optimiser), None, step)
     return net.eval().requires_grad_(False)
 
 @torch.no_grad()
@@ -483,16 +487,15 @@ def evaluate(cfg, net, estimate, disc, prompts, vocabulary, noise, sigmas, momen
             parts.append(x.cpu())
         z = torch.cat(parts)
         videos[name] = to_uint8(decode(z)).transpose(1, 2)
+        cost = 2 if cfg.inner_rho else 1  # forward and backward; without guidance by the prompt half of each
         inner_steps = cfg.K * len(guided) * (name in kinds or name == "latent")
-        half = 1 if cfg.inner_rho else 0.5  # without guidance by the prompt: half an evaluation
-        rows.append(dict(method=name, n=len(names), K=cfg.K, lr=cfg.lr, evaluations=cfg.steps + 2 * half * inner_steps,
+        rows.append(dict(method=name, n=len(names), K=cfg.K, lr=cfg.lr, evaluations=cfg.steps + cost * inner_steps,
                          peak_mb=torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else None,
                          s_per_video=(time.perf_counter() - began) / len(noise), seed=cfg.seed,
                          motion_smoothness=common.smoothness(videos[name]).mean().item(),
                          disc_score=scores(cfg, disc, videos[name], estimate, device).mean().item()))
     plain_s = next((r["s_per_video"] for r in rows if r["method"] == "base"), None)
-    for row in rows:
-        row["cost_ratio"] = plain_s and row["s_per_video"] / plain_s
+    for row in rows: row["cost_ratio"] = plain_s and row["s_per_video"] / plain_s
     return rows, videos
 
 def pictures(cfg, out, videos, estimate, log, device):
@@ -525,8 +528,7 @@ def check(cfg):
     cfg.guided = cfg.guided or f"0-{cfg.steps // 2 - 1}"
     common.guided_steps(cfg)
     common.check_names(cfg, "methods", METHODS)
-    if cfg.size % 4 or cfg.width % 32:
-        raise Fault(f"--size {cfg.size} must be a multiple of 4, --width {cfg.width} one of 32")
+    if cfg.size % 4 or cfg.width % 32: raise Fault(f"--size {cfg.size}: a multiple of 4, --width {cfg.width} of 32")
     if cfg.tokens.count(",") >= FREE: raise Fault(f"--tokens {cfg.tokens}: at most {FREE} words")
     if cfg.gap >= cfg.frames: raise Fault(f"--gap {cfg.gap}: must be below --frames {cfg.frames}")
     if "random" in cfg.methods and "motionprompt" not in cfg.methods.split("random")[0]:
@@ -539,13 +541,11 @@ def main():
     cfg.device = str(device)
     train_clips, test_clips, captions, test_captions, words, longest, source = common.load_captioned(cfg)
     length = longest + FREE
-    if len(train_clips) < 4:
-        raise Fault(f"{len(train_clips)} training clips: the discriminator needs 4 at least")
+    if len(train_clips) < 4: raise Fault(f"{len(train_clips)} training clips: the discriminator needs 4 at least")
     for w in set(cfg.tokens.split(",")) - set(words):
         raise Fault(f"--tokens {cfg.tokens}: {w!r} is in no caption; choose from {', '.join(words)}")
     out, lock = common.open_run("motionprompt", cfg, source)
-    last = "disc", cfg.disc_iters
-    saved = common.load_stages(out / "ckpt.pt", "motionprompt", cfg, MUST_FIT, SAME_TRAINING, last)
+    saved = common.load_stages(out / "ckpt.pt", "motionprompt", cfg, MUST_FIT, SAME_TRAINING, ("disc", cfg.disc_iters))
     if saved.setdefault("words", words) != words:
         raise Fault(f"{out / 'ckpt.pt'} was trained on other captions than those in --data_dir; use another --out_dir")
     moments = common.moments(train_clips)
@@ -556,7 +556,7 @@ def main():
     print(f"{cfg.preset} preset on {device}, {len(train_clips)} + {len(test_clips)} captioned clips ({source}), "
           f"{sum(p.numel() for p in net.parameters()):,} parameters")
     if cfg.compile: [module["video"].compile() for module in (net, average.module)]
-    stage = partial(common.stage, "motionprompt", cfg, out, saved, columns=["raft", "video", "disc"])
+    stage = partial(common.stage, "motionprompt", cfg, out, saved, train_clips, ["raft", "video", "disc"])
     estimate = estimator(train_raft(cfg, stage, device), cfg.size)
     train_video(cfg, stage, net, average, train_clips, encode(captions, words, length), moments, device)
     net = average.module.eval().requires_grad_(False)

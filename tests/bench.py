@@ -194,7 +194,7 @@ def loading():
                 Image.fromarray(frame).save(buffer, "JPEG", quality=90)
                 (folder / f"{i}.jpg").write_bytes(buffer.getvalue())
         clips = common.load_real(Path(root), "train", CFG.size, 2, max_bytes=0)
-        loader = iter(common.batches(clips, CFG.batch, 2, 0, range(120), DEVICE))
+        loader = iter(common.ahead(common.Batches(clips, CFG.batch, 2, 0).__getitem__, range(120), str(DEVICE), clips))
         for _ in range(20):  # workers start, queues fill
             next(loader)
         read = 100 * 2 * CFG.batch / clock(lambda: list(loader))
@@ -315,9 +315,10 @@ def training():
     """Steps a second of the training loops, as the scripts run them."""
     found = {}
 
-    def stage(name, until, parts, step, **_):
-        step(1)
-        found[name] = 6 / clock(lambda: [step(k) for k in range(2, 8)])
+    def stage(name, until, parts, make, step, **_):
+        all_of = lambda steps: [step(k, make and make(k)) for k in steps]
+        all_of([1])
+        found[name] = 6 / clock(lambda: all_of(range(2, 8)))
     preset = "small" if GPU else "tiny"
     loss, mo = flowloss.Config(**flowloss.PRESETS[preset]), flowmo.Config(**{**flowmo.PRESETS[preset], "clips": 200})
     mp = motionprompt.Config(**{**motionprompt.PRESETS[preset], "clips": 200})

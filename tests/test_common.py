@@ -176,13 +176,18 @@ def test_a_clip_of_more_frames_than_files_may_be_open_is_read(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python >= 3.12, of the workers
-def test_reading_from_disk_by_workers_gives_what_memory_gives(tmp_path):
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")  # there need not be a GPU
+def test_what_workers_make_ahead_of_a_gpu_or_read_from_disk_is_what_memory_gives(tmp_path):
     for k in range(5):
         folder(tmp_path / f"c{k}", k)
     held, read = (common.load_real(tmp_path, "train", 8, 2, max_bytes=b) for b in (1 << 30, 0))
     assert held.cache is not None and read.cache is None and held.lengths == read.lengths
-    a, b = (list(common.batches(c, 8, 2, 0, range(5), torch.device("cpu"))) for c in (held, read))
-    assert len(a) == 5 and torch.equal(torch.stack(a), torch.stack(b))
+    made = lambda c: common.Batches(c, 8, 2, 0).__getitem__
+    kinds = (held, "cpu"), (read, "cpu"), (held, "cuda")
+    loaders = [common.ahead(made(c), range(5), device, c) for c, device in kinds]
+    assert [loader.num_workers > 0 for loader in loaders] == [False, True, True]
+    a, b, c = (torch.stack(list(loader)) for loader in loaders)
+    assert len(a) == 5 and torch.equal(a, b) and torch.equal(a, c)
 
 
 def test_a_clip_that_vanishes_while_it_is_used_is_a_fault_that_names_it(tmp_path):
@@ -222,7 +227,7 @@ def test_batches_are_a_function_of_seed_and_step_evenly_drawn_and_never_cross_cl
     found = {tuple(p): pairs.count(p) for p in pairs}
     assert set(found) == {(10 * k + i, 10 * k + i + 1) for k, n in enumerate(lengths) for i in range(n - 1)}
     assert all(340 < count < 460 for count in found.values())  # 400 each, sigma 19
-    by_loader = list(common.batches(clips, 16, 2, 0, range(5, 8), torch.device("cpu")))
+    by_loader = list(common.ahead(a.__getitem__, range(5, 8), "cpu", clips))
     assert all(torch.equal(x, a[i]) for i, x in zip(range(5, 8), by_loader))
 
 
