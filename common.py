@@ -973,7 +973,8 @@ def save_page(path, page):
 def save_gif(path, pages, ms=80):
     write(path, lambda p: pages[0].save(p, "GIF", save_all=True, append_images=pages[1:], duration=ms, loop=0))
 
-INKS = ["#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8c564b", "#7f7f7f"]
+INKS = ["#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8c564b", "#7f7f7f", "#e377c2", "#bcbd22",
+        "#222222", "#5254a3"]
 
 def ticks(low, high, log):
     """Round values in [low, high], three to six of them: on a log scale powers of ten, or 1, 2 and 5 times those."""
@@ -990,6 +991,7 @@ def ticks(low, high, log):
 def save_curves(path, panels, size=(840, 520), across=2):
     """Line charts. A panel: dict(title, x, y, lines={label: (xs, ys)}, log=False, log_x=False); one point is a dot."""
     across, down = min(across, len(panels)), -(-len(panels) // across)
+    labels = list(dict.fromkeys(label for panel in panels for label in panel["lines"]))  # one ink in all panels
     page = Image.new("RGB", (size[0] * across, size[1] * down), "white")  # twice as large as it is shown: smooth lines
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(22)
     for k, panel in enumerate(panels):
@@ -1015,7 +1017,7 @@ def save_curves(path, panels, size=(840, 520), across=2):
             draw.text((x0 - 8, at_y(y)), f"{y:.5g}", "black", font, anchor="rm")
         draw.rectangle((x0, y1, x1, y0), outline="#999999", width=2)
         for n, (label, line) in enumerate(drawn.items()):
-            ink, path_ = INKS[n % len(INKS)], [(at_x(x), at_y(y)) for x, y in line]
+            ink, path_ = INKS[labels.index(label) % len(INKS)], [(at_x(x), at_y(y)) for x, y in line]
             draw.line(path_, ink, 4, joint="curve")
             for x, y in path_ if len(path_) <= 20 else ():
                 draw.ellipse((x - 6, y - 6, x + 6, y + 6), fill=ink)
