@@ -504,15 +504,16 @@ def shapes(rng, size, frames, flow=False, speed=1.0, rough=1.0):
                            waves=texture(rng, size), strength=rough * rng.uniform(0.4, 1.2)))
     return layered(size, layers, flow)
 
-def robot(rng, size, frames, flow=False, make="one"):
+def robot(rng, size, frames, flow=False, make="one", clock=None):
     """An arm with a gripper reaches for a coloured block on a table and pushes it onto a mark, in one smooth move each.
 
-    make: the same arm in every clip, as in a lab, or "any", of another colour and at another place in each. All that
-    decides the motion is to be seen in the first frame. Returns as layered().
+    make: the same arm in every clip, as in a lab, or "any", of another colour and at another place in each. clock:
+    when the frames are, 0 is the start and 1 the end; None: evenly. All that decides the motion is to be seen in the
+    first frame. Returns as layered().
     """
     S, still = float(size), lambda x, y, angle=0.0: np.tile([x, y, angle], (frames, 1))
     smooth = lambda a: (10 * a**3 - 15 * a**4 + 6 * a**5)[:, None]  # no jerk at either end
-    clock = np.linspace(0, 1, frames)
+    clock = np.linspace(0, 1, frames) if clock is None else clock
     reach, push = smooth((clock / 0.45).clip(0, 1)), smooth(((clock - 0.45) / 0.55).clip(0, 1))
     way, side = rng.choice([-1, 1]), 0.085 * S
     block = np.array([0.5 - way * rng.uniform(0.08, 0.22), rng.uniform(0.68, 0.84)]) * S

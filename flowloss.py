@@ -317,14 +317,14 @@ def flow_pairs(cfg, step, count):
     found = []
     for k in range(count):
         rng = np.random.default_rng([cfg.seed, 3, step, k])
-        which, gap, t = rng.uniform(), rng.integers(1, 4), rng.integers(cfg.frames - 1)
-        if which < 0.45:
-            clip = common.robot(rng, cfg.size, cfg.frames, flow=True)
-            found.append((clip["video"][t:t + 2], clip["flow"][t]))
+        which, near, t = rng.uniform(), rng.uniform() < 0.5, rng.choice(cfg.frames, 2, replace=False)
+        if which < 0.55:  # neighbours, and frames as far apart as the loss asks for
+            t = t.min() + np.arange(2) if near else np.sort(t)
+            clip = common.robot(rng, cfg.size, 2, flow=True, clock=t / (cfg.frames - 1))
         else:
-            clip = common.sky(rng, cfg.size, 2, flow=True) if which < 0.55 else \
-                common.shapes(rng, cfg.size, 2, flow=True, speed=0.7 * gap)
-            found.append((clip["video"], clip["flow"][0]))
+            clip = common.sky(rng, cfg.size, 2, flow=True) if which < 0.65 else \
+                common.shapes(rng, cfg.size, 2, flow=True, speed=0.7 * rng.integers(1, 4))
+        found.append((clip["video"], clip["flow"][0]))
     video, flow = (torch.stack(x) for x in zip(*found))
     return *to_float(video).unbind(1), flow
 

@@ -256,6 +256,16 @@ def test_the_block_of_the_robot_world_is_pushed_and_the_background_rests():
     assert speed[[0, -1]].max() < 0.5 * speed.max()  # smooth at both ends
 
 
+def test_two_frames_of_the_robot_world_at_any_times_are_those_of_the_clip_and_their_flow_is_exact():
+    at = lambda **kind: common.robot(common.world_rng(0, "test", 3), 64, flow=True, **kind)
+    clip, pair = at(frames=16), at(frames=2, clock=np.array([2, 13]) / 15)
+    assert torch.equal(pair["video"], clip["video"][[2, 13]])
+    video, flow = common.to_float(pair["video"]), pair["flow"]
+    on = (flow.square().sum(1).sqrt() > 8) & pair["visible"]  # far beyond what neighbouring frames move
+    apart = lambda a, b: (a - b).abs().mean(1)[on].median()
+    assert on.sum() > 50 and apart(warp(video[1:], flow), video[:1]) < 0.2 * apart(video[1:], video[:1])
+
+
 def test_ssim_is_one_for_equal_images_and_falls_with_noise():
     a = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     noisy = [flowloss.ssim(a, (a + s * randn(2, 3, 16, 16))) for s in (0, 0.05, 0.2)]
