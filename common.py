@@ -1,78 +1,945 @@
-"""What the four scripts share: the command line, clips (real folders and procedural worlds), small helpers for
-noise levels, and what every run writes. Nothing here belongs to one paper.
+"""What the four scripts share: the command line, clips (real folders and procedural worlds),
+helpers for noise levels, and what every run writes. Nothing here belongs to one paper.
 
-Tensors: video (B, C, T, H, W) and frame (B, C, H, W), float in [-1, 1]; a stored clip is uint8 (T, 3, H, W).
-Flow (2, H, W) in pixels, channel 0 = x (right), 1 = y (down): frame2(p + flow(p)) = frame1(p).
+Tensors: video (B, C, T, H, W) and frame (B, C, H, W), float in [-1, 1]; a stored clip is uint8
+(T, 3, H, W). Flow (2, H, W) in pixels, channel 0 = x (right), 1 = y (down):
+frame2(p + flow(p)) = frame1(p).
 """
 import argparse
-import fcntl
+import csv
+import hashlib
 import json
 import math
 import os
 import re
-import signal
 import sys
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, field, fields
-from functools import partial
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-IMAGES, TENSORS = {".jpg", ".jpeg", ".png", ".webp"}, {".npy", ".npz", ".pt"}
-FOLDERS = {"sky": ("sky_timelapse",), "mazes": ("gqn_mazes", "mazes"), "minerl": ("minerl_navigate",),
-           "carla": ("carla_no_traffic",), "biking": ("mountain_biking",), "riding": ("horseback_riding",)}
+FORMAT = 2  # of config.json and checkpoints; another number cannot be read
+IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+TENSORS = (".npy", ".npz", ".pt")
+VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
+FOLDERS = {
+    "sky": ["sky_timelapse"], "mazes": ["gqn_mazes"], "minerl": ["minerl_navigate"],
+    "carla": ["carla_no_traffic"], "biking": ["mountain_biking"], "riding": ["horseback_riding"],
+}
+SCALES = [  # black, white, overshoot, what the greatest must reach
+    ("integers", 0, 255, 0, 0),
+    ("16 bits", 0, 65535, 0, 65535 / 8),
+    ("floats", 0, 1, 0.05, 0),
+    ("floats", -1, 1, 0.1, -1),
+    ("floats", 0, 255, 12.75, 32),
+]
+HELD = 1 << 30  # bytes: a larger split is not held in memory
 
 class Fault(Exception):
     """Something the user can mend: shown as one line, exit status 2."""
 
-# ---------------------------------------------------------------------------------------------- command line
-def opt(default, help, lo=None, hi=None, choices=None):
-    """A Config field: its default, its line in --help, and what it may be."""
-    return field(default=default, metadata=dict(help=help, lo=lo, hi=hi, choices=choices))
+# ---------------------------------------- command line
 
-def parse_args(Config, presets, doc, argv=None):
-    """Config from the command line: what the user gave, over the preset's values, over the defaults. Raises Fault."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: (_ for _ in ()).throw(Fault(f"{message}; --help lists every flag"))
+def opt(default, help, low=None, high=None, choices=None, free=False):
+    """A Config field: default, line in --help, what it may be; free: may change on --resume."""
+    notes = dict(help=help, low=low, high=high, choices=choices, free=free)
+    return field(default=default, metadata=notes)
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise Fault(f"{message}; --help lists every flag")
+
+def parse_args(script, Config, presets, doc, argv=None):
+    """Config from the command line, over the preset, over the defaults. Raises Fault.
+
+    With --resume or --eval_only the settings of the run in the output folder take the place of the
+    preset, and a flag that would change what was trained is refused.
+    """
+    parser = Parser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in fields(Config):
-        default = f", ".join(f"{p} {v.get(f.name, f.default)}" for p, v in presets.items()) \
-            if any(f.name in v for v in presets.values()) else f.default
-        text = f"{f.metadata['help']} [{default}]".replace("%", "%%")
-        kind = dict(type=f.type, metavar=f.type.__name__.upper())
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else kind  # --amp, --no-amp
-        parser.add_argument(f"--{f.name}", default=MISSING, help=text, **kind)
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not MISSING}
-    preset = given.get("preset", "auto")
-    if preset == "auto":
-        preset = "small" if torch.cuda.is_available() and given.get("device", "auto") != "cpu" else "tiny"
-    if preset not in presets:
-        raise Fault(f"--preset {preset}: unknown; choose one of {', '.join(presets)}")
-    cfg = Config(**{**presets[preset], **given, "preset": preset})
-    for f in fields(Config):
-        v, m = getattr(cfg, f.name), f.metadata
-        if m["choices"] and v not in m["choices"]:
-            raise Fault(f"--{f.name} {v}: unknown; choose one of {', '.join(map(str, m['choices']))}")
-        if m["lo"] is not None and not m["lo"] <= v <= m["hi"]:  # also refuses nan
-            raise Fault(f"--{f.name} {v}: must lie between {m['lo']} and {m['hi']}")
+        defaults = [f"{f.default}"]
+        if any(f.name in values for values in presets.values()):
+            defaults = [f"{p} {values.get(f.name, f.default)}" for p, values in presets.items()]
+        help = f"{f.metadata['help']} [{', '.join(defaults)}]".replace("%", "%%")
+        if f.type is bool:
+            how = dict(action=argparse.BooleanOptionalAction)  # --amp, --no-amp
+        else:
+            how = dict(type=f.type, metavar=f.type.__name__.upper())
+        parser.add_argument(f"--{f.name}", default=MISSING, help=help, **how)
+    given = {}
+    for name, value in vars(parser.parse_args(argv)).items():
+        if value is not MISSING:
+            given[name] = value
+
+    if given.get("resume") or given.get("eval_only"):
+        cfg = settings_of_run(script, Config, given)
+    else:
+        preset = given.get("preset", "auto")
+        if preset == "auto":
+            on_gpu = torch.cuda.is_available() and given.get("device") != "cpu"
+            preset = "small" if on_gpu else "tiny"
+        if preset not in presets:
+            raise Fault(f"--preset {preset}: unknown; choose one of {', '.join(presets)}")
+        cfg = Config(**{**presets[preset], **given, "preset": preset})
+    check_ranges(cfg)
     return cfg
 
+def settings_of_run(script, Config, given):
+    """The Config of the run in the output folder, with the flags given that may change."""
+    out = find_run(script, given.get("dataset", Config.dataset), given.get("out_dir", ""))
+    if out is None:
+        where = given.get("out_dir") or "out/"
+        raise Fault(f"nothing to continue: {where} holds no run of {script}.py; name it by "
+                    "--out_dir, or run once without --resume and --eval_only")
+    saved = read_config(out, script)["config"]
+    for f in fields(Config):
+        if f.name in given and not f.metadata["free"] and given[f.name] != saved[f.name]:
+            raise Fault(f"--{f.name} {given[f.name]}: the run in {out} was trained with "
+                        f"{saved[f.name]}; leave the flag out, or name another --out_dir")
+    return Config(**{**saved, **given, "out_dir": str(out)})
+
+def check_ranges(cfg):
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        low = f.metadata["low"]
+        high = f.metadata["high"]
+        choices = f.metadata["choices"]
+        if choices and value not in choices:
+            raise Fault(f"--{f.name} {value}: unknown; choose one of {', '.join(choices)}")
+        if low is not None and not low <= value <= high:  # refuses nan, too
+            raise Fault(f"--{f.name} {value}: must lie between {low} and {high}")
+
 def check_list(cfg, name, kind, low, high):
-    """A field that holds numbers with commas between them: all of them in [low, high], else Fault."""
+    """A field of numbers with commas between them: all in [low, high], else Fault."""
     try:
         values = [kind(v) for v in getattr(cfg, name).split(",")]
     except ValueError:
         values = [math.nan]
     if not all(low <= v <= high for v in values):
-        raise Fault(f"--{name} {getattr(cfg, name)}: must be numbers between {low} and {high}, separated by commas")
+        raise Fault(f"--{name} {getattr(cfg, name)}: must be numbers between {low} and {high}, "
+                    "separated by commas")
+
+def run(main):
+    """Call main(); a Fault or Ctrl-C ends in one line instead of a traceback."""
+    try:
+        main()
+    except Fault as e:
+        print(f"\nerror: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was saved before is intact: --resume goes on", file=sys.stderr)
+        sys.exit(130)
+
+def pick_device(name):
+    """'auto' -> cuda, mps or cpu, whichever is there; a device that is not there is a Fault."""
+    if name == "auto":
+        name = "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+        if torch.cuda.is_available():
+            name = "cuda"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        reason = str(e).splitlines()[0]
+        raise Fault(f"--device {name} cannot be used here ({reason}); try --device cpu")
+    return torch.device(name)
+
+# ---------------------------------------- real clips
+# Find the clips below a folder, look at each, decide for all what is black and white, split them in
+# train and test, read them. What cannot be read right is a Fault, or a clip that is left out aloud.
+
+@dataclass
+class Clip:
+    """One clip on disk."""
+    name: str  # below the folder of the set
+    path: Path  # its folder or file
+    files: list  # its frames, or that file
+    length: int = 0
+    shown: list = None  # of a gif or webp: the picture of each frame
+    values: str = "8 bits"  # or one of SCALES
+    low: float = 0
+    high: float = 0
+    scale: tuple = (0, 255)  # black and white
+    bad: str = ""  # why it is not used
+
+def natural(name):
+    """A sort key: frame_2 comes before frame_10."""
+    parts = re.split(r"(\d+)", name.lower())
+    parts[1::2] = [int(digits) for digits in parts[1::2]]
+    return parts, name
+
+def _kind(path):
+    return re.sub(r"\d+", "#", path.name.lower()).replace(".jpeg", ".jpg")
+
+def _is_clip(path):
+    suffix = path.suffix.lower()
+    if suffix != ".webp" or not path.is_file():
+        return suffix == ".gif" or suffix in TENSORS
+    head = path.read_bytes()[:21]
+    return head[12:16] == b"VP8X" and head[20] & 2 == 2  # the bit for animation
+
+def _crossed(frames):
+    """Whether two counters cross: 1_cam1, 1_cam2, 2_cam1, 2_cam2."""
+    numbers = [re.findall(r"\d+", p.stem) for p in frames]
+    for a, b in combinations(zip(*numbers), 2):
+        sizes = [len(set(a)), len(set(b))]
+        if min(sizes) > 1 and len(set(zip(a, b))) == sizes[0] * sizes[1]:
+            return True
+
+def _walk(root):
+    seen = set(root.resolve().parents)
+    for name, below, names in os.walk(root, followlinks=True):
+        folder = Path(name)
+        real = folder.resolve()
+        hidden = folder != root and folder.name[0] in ".@"
+        if hidden or real in seen or real in folder.parent.resolve().parents:
+            below.clear()  # a link may lead back up
+            continue
+        seen.add(real)
+        below.sort(key=natural)
+        names.sort(key=natural)
+        yield folder, [folder / n for n in names if not n.startswith(".")]
+
+def _find(root):
+    found = {}
+    for folder, paths in _walk(root):
+        alone = [p for p in paths if _is_clip(p)]
+        frames = [p for p in paths if p.suffix.lower() in IMAGES and p not in alone]
+        kinds = sorted({_kind(p) for p in frames}) + [f"clips {_kind(p)}" for p in alone[:1]]
+        if frames and len(kinds) > 1:
+            raise Fault(f"{folder} holds {kinds[0]} and {kinds[-1]}: move one kind out")
+        if _crossed(frames):
+            order = ", ".join(p.name for p in frames[:4])
+            print(f"warning: two counters in {folder}, read as ONE clip: {order}, ...",
+                  file=sys.stderr)
+        found.update({p: [p] for p in alone})
+        if frames:
+            found[folder] = frames
+    paths = {p.relative_to(root).as_posix(): p for p in found}
+    return [Clip(n, paths[n], found[paths[n]]) for n in sorted(paths, key=natural)]
+
+def _split(clips):
+    """Train and test, as folders say if they do of every clip, else 80-20."""
+    words = "(?i)([^/]*[^a-z/])?({})([^a-z/][^/]*)?/"
+    train = [c for c in clips if re.match(words.format("train(ing)?"), c.name)]
+    test = [c for c in clips if re.match(words.format("test(ing)?|val(id(ation)?)?"), c.name)]
+    if train and test and len(train + test) == len(clips):
+        return train, test
+    order = np.random.default_rng(42).permutation(len(clips))
+    n = max(1, round(0.2 * len(clips)))
+    return [clips[i] for i in sorted(order[n:])], [clips[i] for i in sorted(order[:n])]
+
+def _array(path):
+    suffix = path.suffix.lower()
+    if suffix == ".pt":
+        arrays = {"it": torch.load(path, weights_only=True, map_location="cpu").numpy()}
+    elif suffix == ".npz":
+        arrays = dict(np.load(path))
+    else:
+        arrays = {"it": np.load(path, mmap_mode="r")}  # only what is used is read
+    videos = [a for a in arrays.values() if a.ndim == 4 and 3 in (a.shape[1], a.shape[3])]
+    if len(videos) != 1 or videos[0].shape[1] == videos[0].shape[3]:
+        shapes = ", ".join(f"{name} {a.shape}" for name, a in arrays.items())
+        raise ValueError(f"ambiguous or not (T, H, W, 3) or (T, 3, H, W): {shapes}")
+    if videos[0].shape[1] == 3:
+        return videos[0].transpose(0, 2, 3, 1)
+    return videos[0]  # (T, H, W, 3)
+
+def _shown(path):
+    """Which picture each frame shows: one that repeats is stored once, for longer."""
+    durations = []
+    with Image.open(path) as image:
+        for k in range(image.n_frames):
+            image.seek(k)
+            image.load()  # a webp knows its duration only then
+            durations.append(image.info.get("duration") or 0)
+    shortest = min([d for d in durations if d > 0], default=1)
+    shown = []
+    for k, d in enumerate(durations):
+        shown += [k] * round(max(d, shortest) / shortest)
+    return shown
+
+def _look(clip, min_frames):
+    clip.length = len(clip.files)
+    if clip.path in clip.files and clip.path.suffix.lower() in TENSORS:
+        array = _array(clip.path)
+        clip.length = len(array)
+        if array.dtype != np.uint8:
+            _look_at(clip, array)
+    elif clip.path in clip.files:
+        clip.shown = _shown(clip.path)
+        clip.length = len(clip.shown)
+    if clip.length < min_frames:
+        clip.bad = f"only {clip.length} of {min_frames} frames"
+
+def _look_at(clip, array):
+    clip.low = float(array.min())
+    clip.high = float(array.max())
+    if array.dtype.kind not in "iuf" or not np.isfinite(clip.low + clip.high):
+        raise ValueError(f"holds {array.dtype} from {clip.low} to {clip.high}")
+    clip.values = "floats" if array.dtype.kind == "f" else "integers"
+    if array.dtype.str[1:] == "u2":  # in any byte order
+        clip.values = "16 bits"
+
+def _set_scales(root, clips):
+    """Decides once for the whole set what is black and white."""
+    for values in sorted({c.values for c in clips} - {"8 bits"}):
+        some = [c for c in clips if c.values == values]
+        low = min(c.low for c in some)
+        high = max(c.high for c in some)
+        scale = None
+        for kind, black, white, off, reach in SCALES:
+            fits = black - off <= low and reach <= high <= white + off
+            if kind == values and fits and (black == 0 or low < -0.25):
+                scale = (black, white)
+        span = f"{values} from {low:.5g} to {high:.5g}"
+        if scale is None:
+            raise Fault(f"{root} holds {span}: read are integers 0 .. 255, 16 bits that fill "
+                        "0 .. 65535, floats that fill 0 .. 1, -1 .. 1 or 0 .. 255")
+        print(f"{root} holds {span}, read as {scale[0]} .. {scale[1]}")
+        for clip in some:
+            clip.scale = scale
+
+def _image(array, scale):
+    if array.dtype != np.uint8:
+        black, white = scale
+        scaled = (array.astype(np.float32) - black) * (255 / (white - black))
+        array = scaled.round().clip(0, 255).astype(np.uint8)
+    return Image.fromarray(array)
+
+def _images(clip, start, stop):
+    if clip.path not in clip.files:
+        for path in clip.files[start:stop]:
+            with Image.open(path) as image:
+                yield image
+    elif clip.shown is None:
+        for frame in _array(clip.path)[start:stop]:
+            yield _image(frame, clip.scale)
+    else:
+        with Image.open(clip.path) as image:
+            for k in clip.shown[start:stop]:
+                image.seek(k)
+                yield image
+
+def square(image, size):
+    """The largest centred square of a PIL image, laid over black, uint8 (3, size, size)."""
+    if image.mode.startswith("I"):
+        image = _image(np.array(image), (0, 65535))
+    if image.has_transparency_data:
+        black = Image.new("RGBA", image.size, "black")
+        image = Image.alpha_composite(black, image.convert("RGBA"))
+    image = ImageOps.fit(image.convert("RGB"), (size, size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+def read_picture(path, size):
+    """Any picture as uint8 (3, size, size). Raises Fault."""
+    try:
+        with Image.open(Path(path).expanduser()) as image:
+            return square(ImageOps.exif_transpose(image), size)
+    except (OSError, ValueError) as e:
+        raise Fault(f"{path} cannot be read as a picture: {e}")
+
+def _read(clip, size, start=0, stop=None):
+    frames = []
+    shapes = set()
+    for image in _images(clip, start, stop):
+        image = ImageOps.exif_transpose(image)
+        shapes.add(image.size)
+        if image.mode.startswith("I"):
+            clip.values = "16 bits"
+            clip.high = max(clip.high, image.getextrema()[1])
+        frames.append(square(image, size))
+    if len(shapes) > 1:
+        raise ValueError("its frames differ in size")
+    return torch.stack(frames)  # (T, 3, size, size)
+
+def _each(work, clips, *more):
+    """work(clip, *more) of all, None where it fails."""
+    def attempt(clip):
+        try:
+            return work(clip, *more)
+        except Exception as e:  # each reader has its own
+            clip.bad = (str(e) or type(e).__name__).splitlines()[0][:120]
+    with ThreadPoolExecutor() as pool:
+        return list(tqdm(pool.map(attempt, clips), "reading", len(clips), leave=False))
+
+@dataclass
+class Clips:
+    """The clips of one split, real or rendered."""
+    lengths: list  # frames of each
+    size: int
+    cache: list = None  # uint8 (T, 3, size, size) each; None: read from disk when needed
+    captions: list = None
+    names: list = None  # and so on: of real clips
+    sizes: list = None  # bytes on disk
+    paths: list = None
+    real: list = None
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def frames(self, i, start=0, stop=None):
+        """Frames start to stop of clip i, uint8 (T, 3, size, size). Raises Fault if it is gone."""
+        if self.cache is not None:
+            return self.cache[i][start:stop]
+        try:
+            return _read(self.real[i], self.size, start, stop)
+        except Exception as e:
+            raise Fault(f"clip {self.names[i]} cannot be read any more: {e}")
+
+def _load(clips, size, min_frames, where):
+    good = [c for c in clips if not c.bad]
+    held = sum(c.length for c in good) * 3 * size * size <= HELD
+    stop = None if held else 1  # one frame shows if it can be read
+    videos = _each(_read, good, size, 0, stop)
+    bad = [f"{c.name} ({c.bad})" for c in clips if c.bad]
+    if bad:
+        print(f"warning: skipped {len(bad)} of {len(clips)} {where}: {', '.join(bad)}",
+              file=sys.stderr)
+    good = [c for c in good if not c.bad]
+    if not good:
+        raise Fault(f"no usable {where}: a clip is a folder of numbered jpg/png/webp frames, an "
+                    "animated gif/webp, or a .npy/.npz/.pt tensor, of "
+                    f"{min_frames} frames or more; two clips at least")
+    cache = [v for v in videos if v is not None] if held else None
+    sizes = [sum(p.stat().st_size for p in c.files) for c in good]
+    return Clips([c.length for c in good], size, cache, None, [c.name for c in good], sizes,
+                 [c.path for c in good], good)
+
+def places(dataset, data_dir):
+    """The folders in which a set is looked for."""
+    folder = Path(os.path.expanduser(data_dir or "data"))
+    return [folder / name for name in [dataset, *FOLDERS.get(dataset, [])]]
+
+def load_real(dataset, data_dir, size, min_frames=2):
+    """Train and test Clips of size x size, None if there is no folder. Raises Fault."""
+    folders = [p for p in places(dataset, data_dir) if p.is_dir()]
+    if not folders:
+        return None
+    root = folders[0]
+    clips = _find(root)
+    _each(_look, clips, min_frames)
+    usable = [c for c in clips if not c.bad]
+    videos = [p for p in root.rglob("*") if p.suffix.lower() in VIDEOS]
+    if videos and not usable:
+        frames = videos[0].with_suffix("")
+        raise Fault(f"{root} holds videos: make a folder of frames of each, "
+                    f'mkdir "{frames}" && ffmpeg -i "{videos[0]}" "{frames}/%05d.png"')
+    _set_scales(root, usable)
+    parts = _split(clips)
+    train = _load(parts[0], size, min_frames, f"train clips in {root}")
+    test = _load(parts[1], size, min_frames, f"test clips in {root}")
+    _set_scales(root, [c for c in usable if c.path not in c.files])
+    some = [train.frames(i, n // 2, n // 2 + 50) for i, n in enumerate(train.lengths[:10])]
+    if (torch.cat(some) == some[0][:1, :, :1, :1]).all():
+        raise Fault(f"{root}: every frame is of one colour: nothing to learn from")
+    return train, test
+
+def data_record(train, test):
+    """What was trained on, wherever it lies, for config.json."""
+    if train.paths is None:
+        return {"source": "procedural"}
+    record = {"source": "real"}
+    for split, clips in (("train", train), ("test", test)):
+        lines = sorted(f"{name} {size}" for name, size in zip(clips.names, clips.sizes))
+        digest = hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()[:16]
+        record[split] = {"clips": len(clips), "frames": sum(clips.lengths),
+                         "bytes": sum(clips.sizes), "digest": digest}
+    return record
+
+def check_record(train, test, record, out):
+    """Raises Fault, saying what differs, if these are not the clips that the run in `out` had."""
+    now = data_record(train, test)
+    if now["source"] != record["source"]:
+        raise Fault(f"the run in {out} was trained on {record['source']} clips, and here are "
+                    f"{now['source']} ones: name the folder of its clips by --data_dir")
+    text = "{clips} clips, {frames} frames, {bytes:,} bytes, names and sizes {digest}"
+    for split in ("train", "test"):
+        if now.get(split) != record.get(split):
+            raise Fault(f"the {split} clips are not those of the run in {out}, which had "
+                        f"{text.format(**record[split])}; here are {text.format(**now[split])}")
+
+# ---------------------------------------- the procedural sky
+
+def as_video(picture):
+    """Colours from 0 to 255, float (T, H, W, 3) -> uint8 tensor (T, 3, H, W)."""
+    whole = np.rint(picture.clip(0, 255)).astype(np.uint8)
+    return torch.from_numpy(whole).permute(0, 3, 1, 2)
+
+def drifting(spectrum, shift, size, wide):
+    """A field (T, H, W) of deviation 1 that drifts to the right."""
+    rows = np.fft.ifft(spectrum, axis=0)[:size]  # (H, wide/2+1), still waves along x
+    rows /= np.fft.irfft(rows, wide).std()
+    field = np.fft.irfft(rows * shift[:, None], wide)  # (T, H, wide)
+    return field[..., :size].astype(np.float32)
+
+def cloud_layer(rng, size, wide, frames, speed, power, cover, sharp):
+    """Opacity and light of a layer of cloud, (T, H, W) each.
+
+    speed: pixels a frame. wide: pixels until the field repeats. power: how much weaker
+    short waves are. cover: how much is cloud. sharp: how sharp its edges are.
+    """
+    fy = np.fft.fftfreq(2 * size)[:, None]  # waves a pixel, (2 H, 1)
+    fx = np.fft.rfftfreq(wide)[None]  # (1, wide/2+1)
+    f = np.hypot(fx, 1.6 * fy) * size / 32  # clouds are wider than high
+    amplitude = np.maximum(f, 1 / 40) ** -power
+    amplitude *= np.exp(-((f / 0.25) ** 4))  # none below 3 pixels
+    amplitude[0, 0] = 0  # the field has mean 0
+    waves = amplitude * np.exp(2j * np.pi * rng.uniform(size=f.shape))
+
+    # Lit from above: density less the density 2.5 pixels higher (at 32).
+    lit = waves * (1 - np.exp(-2j * np.pi * fy * 2.5 * size / 32))
+
+    # To move a wave is to turn its phase: exact by any part of a pixel.
+    t = np.arange(frames)[:, None]
+    shift = np.exp(-2j * np.pi * fx * speed * t)  # (T, wide/2+1)
+    density = drifting(waves, shift, size, wide)
+    light = drifting(lit, shift, size, wide)
+    opacity = 1 / (1 + np.exp(-sharp * (density + cover)))
+    return opacity, light
+
+def tone(hour, noon, evening, dusk):
+    """The colour (3,) of an hour, from those at 0, 0.55 and 1."""
+    channels = [np.interp(hour, [0, 0.55, 1], keys) for keys in zip(noon, evening, dusk)]
+    return np.array(channels, np.float32)
+
+def hills(rng, size, y):
+    """How much of each pixel is hill, (H, W). y: the rows from 0 to 1, (H, 1)."""
+    x = np.arange(size) / size
+    bumps = np.zeros(size)
+    for k in (0.7, 1.9, 4.3):  # waves a width
+        bumps += np.sin(2 * np.pi * (k * x + rng.uniform())) / k
+    ridge = 0.9 + 0.05 * bumps
+    above = (ridge - y - 0.5 / size) * 2 * size  # in half pixels
+    return 1 / (1 + np.exp(np.clip(above, -30, 30)))
+
+def sky_flow(cumulus, hill, speed):
+    """Flow (T-1, 2, H, W) and visible (T-1, H, W) of sky(), from the lower clouds' opacity."""
+    u = np.where(cumulus > 0.5, speed, 0.5 * speed)[:-1]  # (T-1, H, W)
+    u[:, hill > 0.5] = 0
+
+    # What makes a pixel: 0 the upper layer, 1 the lower, 2 the hills, -1 a mixture.
+    maker = np.full(cumulus.shape, -1)
+    maker[cumulus < 0.02] = 0
+    maker[cumulus > 0.98] = 1
+    maker[:, hill > 0.01] = -1
+    maker[:, hill > 0.99] = 2
+
+    # One thing must make the pixel and both that its target lies between.
+    size = hill.shape[1]
+    target = np.arange(size) + u  # x in the next frame
+    visible = (maker[:-1] >= 0) & (target <= size - 1)
+    for x in (np.floor(target), np.ceil(target)):
+        column = np.clip(x, 0, size - 1).astype(int)
+        visible &= np.take_along_axis(maker[1:], column, 2) == maker[:-1]
+    flow = np.stack([u, np.zeros_like(u)], 1)  # (T-1, 2, H, W)
+    return torch.from_numpy(flow).float(), torch.from_numpy(visible)
+
+def sky(rng, size, frames, wind="known", flow=False):
+    """Two layers of cloud drift over a sky of some hour of the day, behind a ridge of hills.
+
+    The lower one moves 0.5 to 1.5 pixels a frame (at 32), the upper one half as fast. With
+    wind="known" the speed follows the hour, so one frame tells it; "unknown" draws it apart.
+    Returns video uint8 (T, 3, H, W); with flow=True also the exact forward flow (T-1, 2, H, W)
+    in pixels, and visible, bool (T-1, H, W): one layer alone makes the pixel and its target.
+    """
+    hour, strength = rng.uniform(size=2)  # 0 = noon, calm ... 1 = dusk, windy
+    if wind == "known":
+        strength = hour
+    speed = (0.5 + strength) * size / 32
+
+    # So wide that nothing comes round again.
+    wide = 2 ** math.ceil(math.log2(size + speed * frames + 1))
+    thin = rng.uniform(-0.8, 0.3)
+    thick = rng.uniform(-0.6, 0.5)
+    cirrus, high_light = cloud_layer(rng, size, wide, frames, 0.5 * speed, 1.9, thin, 2.0)
+    cumulus, low_light = cloud_layer(rng, size, wide, frames, speed, 2.1, thick, 5.0)
+
+    top = tone(hour, (40, 100, 190), (80, 105, 165), (45, 40, 95))
+    low = tone(hour, (165, 205, 240), (245, 205, 150), (235, 110, 80))
+    bright = tone(hour, (252, 252, 255), (255, 235, 205), (250, 170, 130))
+    dark = tone(hour, (165, 175, 190), (160, 130, 130), (80, 60, 95))
+
+    y = np.linspace(0, 1, size, dtype=np.float32)[:, None]  # (H, 1)
+    picture = (top + (low - top) * y**1.3)[:, None]  # (H, 1, 3), the same along x
+    for opacity, light in ((0.75 * cirrus, high_light), (cumulus, low_light)):
+        shade = 0.6 + 0.4 * np.tanh(light)
+        cloud = dark + (bright - dark) * shade[..., None]  # (T, H, W, 3)
+        picture = picture + opacity[..., None] * (cloud - picture)
+    hill = hills(rng, size, y)
+    picture = picture + hill[..., None] * (0.18 * dark + 8 - picture)
+
+    clip = dict(video=as_video(picture))
+    if flow:
+        clip["flow"], clip["visible"] = sky_flow(cumulus, hill, speed)
+    return clip
+
+def world_rng(seed, split, index):
+    """The random stream of one clip: the same for the same (seed, split, index)."""
+    return np.random.default_rng([seed, {"train": 0, "test": 1}[split], index])
+
+def render(name, split, count, size, frames, seed, **world):
+    """`count` clips of a procedural world, held in memory."""
+    cache = []
+    captions = []
+    for index in tqdm(range(count), f"rendering {name} {split}", leave=False):
+        clip = WORLDS[name](world_rng(seed, split, index), size, frames, **world)
+        cache.append(clip["video"])
+        captions.append(clip.get("caption", ""))
+    return Clips([frames] * count, size, cache, captions)
+
+# ---------------------------------------- batches
+
+def load_clips(dataset, data_dir, size, counts, frames, seed, min_frames=2, **world):
+    """Training and test clips of a set, and whether they are 'real' or 'procedural'.
+
+    Real clips are looked for below data_dir ('' = data). Where there are none and data_dir is '', a
+    procedural world is rendered: counts = (train, test) clips of `frames` frames. Raises Fault.
+    """
+    real = load_real(dataset, data_dir, size, min_frames)
+    if real is not None:
+        train, test = real
+        return train, test, "real"
+    looked = "no clips found: looked in " + ", ".join(str(p) for p in places(dataset, data_dir))
+    if data_dir or dataset not in WORLDS:
+        raise Fault(f"--dataset {dataset}: {looked}; a set is a folder of clips, and without "
+                    f"--data_dir there are procedural worlds: {', '.join(WORLDS)}")
+    print(f"*** {looked}.")
+    print(f"*** PROCEDURAL world '{dataset}' is used instead: nothing below is real video. ***")
+    train = render(dataset, "train", counts[0], size, frames, seed, **world)
+    test = render(dataset, "test", counts[1], size, frames, seed, **world)
+    return train, test, "procedural"
+
+class Batches:
+    """Item `step` is that step's batch of `length` consecutive frames, uint8 (B, length, 3, H, W).
+
+    Drawn evenly from all there are, as a function of (seed, step) alone: a resumed run sees what an
+    uninterrupted one would have seen.
+    """
+
+    def __init__(self, clips, batch, length, seed):
+        starts = [max(0, n - length + 1) for n in clips.lengths]  # how many there are in a clip
+        self.ends = np.cumsum(starts)
+        self.clips = clips
+        self.batch = batch
+        self.length = length
+        self.seed = seed
+
+    def where(self, step):
+        """The clips of a step's batch, and the first frame in each: (B,) twice."""
+        rng = np.random.default_rng([self.seed, step])
+        at = rng.integers(self.ends[-1], size=self.batch)
+        clip = np.searchsorted(self.ends, at, side="right")
+        before = np.concatenate([[0], self.ends])
+        return clip, at - before[clip]
+
+    def __getitem__(self, step):
+        clip, start = self.where(step)
+        frames = [self.clips.frames(i, a, a + self.length) for i, a in zip(clip, start)]
+        return torch.stack(frames)
+
+def prefetch(batches, steps):
+    """batches[step] for every step of the range `steps`, made by threads ahead of its use."""
+    ready = deque()
+    pool = ThreadPoolExecutor(min(8, os.cpu_count()))
+    try:
+        for step in steps:
+            ready.append(pool.submit(batches.__getitem__, step))
+            if len(ready) > 8:
+                yield ready.popleft().result()
+        while ready:
+            yield ready.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+def make_rng(seed, use, step):
+    """Random numbers as a function of (seed, use, step): a resumed run goes on alike."""
+    mixed = np.random.SeedSequence([seed, use, step]).generate_state(1)  # torch heeds 32 bits only
+    return torch.Generator().manual_seed(int(mixed[0]))
+
+def to_float(frames):
+    """uint8 -> float in [-1, 1]."""
+    return frames.float() / 127.5 - 1
+
+def to_uint8(x):
+    """float, clamped to [-1, 1] -> uint8 in main memory."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+# ---------------------------------------- noise levels
+
+def like(s, x):
+    """A number, or per-sample numbers (B,), in x's type, shaped to broadcast over x (B, ...)."""
+    s = torch.as_tensor(s, dtype=x.dtype, device=x.device)
+    return s.view(-1, *[1] * (x.ndim - 1))
+
+# ---------------------------------------- distance
+
+def energy(x):
+    """Mean square of every clip, (N, T, C, H, W) -> (N,); what nobody sees counts as none."""
+    return x.square().mean((1, 2, 3, 4)) + 1e-3
+
+def own_features(video):
+    """Fixed, seeded features of short clips that see motion: uint8 (N, T > 4, 3, H, W) -> (N, 46).
+
+    Log-energies of six random filters on the frames, on what changes from one frame to the next,
+    and over four frames; how far change goes with the gradients (the direction of motion); means
+    and deviations of colour; at two scales. A change of 1 is a factor e.
+    """
+    bank = torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(0)).to(video.device)
+    bank = (bank - bank.mean((2, 3), keepdim=True)) / 75**0.5  # blind to brightness
+    x = to_float(video)
+    found = [4 * x.mean((1, 3, 4)), 4 * x.std((1, 3, 4))]  # (N, 3) each
+    for _ in range(2):
+        for change in (x, x[:, 1:] - x[:, :-1], x[:, 4:] - x[:, :-4]):
+            response = F.conv2d(change.flatten(0, 1), bank).unflatten(0, change.shape[:2])
+            power = response.square().mean((3, 4))  # (N, T, 6)
+            found.append((power + 1e-3).log().mean(1))
+        dt = x.diff(dim=1)[..., 1:, 1:]
+        gx = x.diff(dim=-1)[:, :-1, ..., 1:, :]
+        gy = x.diff(dim=-2)[:, :-1, ..., 1:]
+        for gradient in (gx, gy):
+            together = (dt * gradient).mean((1, 2, 3, 4))
+            found.append(2 * (together / (energy(dt) * energy(gradient)).sqrt())[:, None])
+        x = F.avg_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
+    return torch.cat(found, 1).cpu().double()  # MPS has no float64
+
+def frechet(a, b):
+    """Frechet distance of two sets of features (N, D), (M, D), each taken as a Gaussian."""
+    a = a.double()
+    b = b.double()
+    cov_a = torch.atleast_2d(torch.cov(a.T))
+    cov_b = torch.atleast_2d(torch.cov(b.T))
+    w, v = torch.linalg.eigh(cov_a)
+    root = (v * w.clamp(min=0).sqrt()) @ v.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    apart = (a.mean(0) - b.mean(0)).square().sum()
+    return float(apart + cov_a.trace() + cov_b.trace() - 2 * cross)  # cross: tr (C_a C_b)^(1/2)
+
+# ---------------------------------------- what a run writes
+
+def run_name(script, dataset):
+    return f"{script}-" + re.sub(r"[^\w.-]+", "_", Path(dataset).name)
+
+def find_run(script, dataset, out_dir):
+    """The folder of an earlier run, or None: out_dir, else out/SCRIPT-DATASET[-procedural]."""
+    name = run_name(script, dataset)
+    candidates = [Path("out", name), Path("out", f"{name}-procedural")]
+    if out_dir:
+        candidates = [Path(out_dir)]
+    found = [p for p in candidates if (p / "config.json").exists()]
+    if len(found) == 2:
+        raise Fault(f"{found[0]} and {found[1]} both hold a run; name one of them by --out_dir")
+    return found[0] if found else None
+
+def open_run(script, cfg, train, test):
+    """The output folder, with the settings and a record of the clips in config.json. Raises Fault.
+
+    A folder that holds a run is never overwritten. A run that goes on must find the same clips.
+    """
+    if cfg.resume or cfg.eval_only:
+        out = Path(cfg.out_dir)
+        check_record(train, test, read_config(out, script)["data"], out)
+        return out
+    name = run_name(script, cfg.dataset)
+    if train.paths is None:
+        name += "-procedural"
+    out = Path(cfg.out_dir or f"out/{name}")
+    if (out / "config.json").exists() or (out / "ckpt.pt").exists():
+        raise Fault(f"{out} holds an earlier run: --resume continues it, --eval_only evaluates it "
+                    "again, --out_dir names another folder")
+    made = dict(script=script, format=FORMAT, config=asdict(cfg), data=data_record(train, test))
+    save_json(out / "config.json", made)
+    return out
+
+def read_json(path):
+    """A file that a run wrote. Raises Fault."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise Fault(f"{path} cannot be read ({type(e).__name__}): --resume or --eval_only writes "
+                    "it in the end, or name another --out_dir")
+
+def read_config(out, script):
+    """config.json of a run of this script and of this format. Raises Fault."""
+    made = read_json(out / "config.json")
+    check_made(out / "config.json", made, script)
+    return made
+
+def check_made(path, made, script):
+    """That a file was written by this script, in today's format. Raises Fault."""
+    if not isinstance(made, dict) or made.get("format") != FORMAT:
+        raise Fault(f"{path} is of another version of this project, which this one cannot read; "
+                    "delete it or name another --out_dir")
+    if made["script"] != script:
+        raise Fault(f"{path} was written by {made['script']}.py, not {script}.py")
+
+@contextmanager
+def written_aside(path):
+    """A path to write to, renamed to `path` in the end: never half a file. Raises Fault."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # a full disk is a RuntimeError of torch.save
+        part.unlink(missing_ok=True)
+        reason = str(e).splitlines()[0]
+        raise Fault(f"cannot write {path}: {reason}; what was there before is intact")
+
+def save_json(path, value):
+    """Strict JSON: nan, which it does not have, is an error."""
+    with written_aside(path) as part:
+        part.write_text(json.dumps(value, indent=1, allow_nan=False), encoding="utf-8")
+
+def save_log(path, rows):
+    """Rows, dicts with the same keys, as CSV."""
+    with written_aside(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, rows[0] if rows else ["step"])
+        table.writeheader()
+        table.writerows(rows)
+
+def save_checkpoint(out, script, cfg, log, **state):
+    """ckpt.pt and log.csv of a run. Raises Fault."""
+    made = dict(script=script, format=FORMAT, config=asdict(cfg), log=log.rows, **state)
+    with written_aside(out / "ckpt.pt") as part:
+        torch.save(made, part)
+    save_log(out / "log.csv", log.rows)
+
+def load_checkpoint(path, script):
+    """A checkpoint of this script and of this format; no code in it is run. Raises Fault."""
+    if not path.exists():
+        raise Fault(f"{path} is not there: the run was stopped before it was saved; --resume it")
+    try:
+        made = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # truncated, garbage, a pickle with code: each raises something else
+        raise Fault(f"{path} is not a readable checkpoint ({type(e).__name__}); delete it or name "
+                    "another --out_dir")
+    check_made(path, made, script)
+    return made
+
+class Log:
+    """The losses of a training: a progress bar; means over 50 steps as rows of log.csv."""
+
+    def __init__(self, steps, done=0, rows=(), name="training"):
+        self.steps = steps
+        self.rows = list(rows)
+        self.recent = []
+        self.bar = tqdm(total=steps, initial=done, desc=name)
+        before = self.rows[-1]["seconds"] if self.rows else 0
+        self.began = time.time() - before
+
+    def add(self, step, **losses):
+        """Note the losses of a step, scalar tensors. Raises Fault if one is not finite."""
+        self.recent.append(torch.stack([loss.detach() for loss in losses.values()]))
+        self.bar.update()
+        if step % 50 and step != self.steps:
+            return  # to read the losses more often would stall a GPU
+        recent = torch.stack(self.recent).cpu()  # (steps since the last row, losses)
+        broken = ~recent.isfinite()
+        if broken.any():
+            row, column = broken.nonzero()[0].tolist()
+            first = step - len(recent) + 1 + row
+            raise Fault(f"the loss {list(losses)[column]} is not finite at step {first}; try a "
+                        "lower --lr; what was saved before is intact")
+        means = dict(zip(losses, recent.mean(0).tolist()))
+        seconds = round(time.time() - self.began, 2)
+        self.rows.append({"step": step, **means, "seconds": seconds})
+        self.bar.set_postfix({name: f"{v:.4f}" for name, v in means.items()})
+        self.recent = []
+        if step == self.steps:
+            self.bar.close()
+
+def write_results(out, script, cfg, device, dataset, rows, began, **more):
+    """results.json: what was run, on what, and the rows of its table; strict JSON."""
+    results = dict(
+        script=script, command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        preset=cfg.preset, seed=cfg.seed, device=str(device), torch=torch.__version__,
+        wall_s=round(time.time() - began, 1), dataset=dataset, rows=rows, **more,
+    )
+    save_json(out / "results.json", results)
+
+def table(rows, columns):
+    """Rows (dicts) as aligned text; columns maps a row key to (heading, format)."""
+    lines = [[heading for heading, _ in columns.values()]]
+    for row in rows:
+        cells = []
+        for key, (_, form) in columns.items():
+            value = row.get(key)
+            cells.append("-" if value is None else format(value, form))
+        lines.append(cells)
+    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
+    text = []
+    for first, *others in lines:
+        line = first.ljust(widths[0])
+        for cell, width in zip(others, widths[1:]):
+            line += "  " + cell.rjust(width)
+        text.append(line)
+    return "\n".join(text)
+
+def sheet(rows, heads, scale=2, left=90):
+    """A labelled contact sheet: rows of (label, uint8 (N, 3, H, W)), heads over the columns."""
+    size = rows[0][1].shape[-1] * scale
+    columns = max(len(frames) for _, frames in rows)
+    page = Image.new("RGB", (left + columns * (size + 2), 16 + len(rows) * (size + 2)), "white")
+    draw = ImageDraw.Draw(page)
+    font = ImageFont.load_default(11)
+    for k, head in enumerate(heads):
+        draw.text((left + k * (size + 2), 1), str(head), "black", font)
+    for r, (label, frames) in enumerate(rows):
+        top = 16 + r * (size + 2)
+        draw.multiline_text((2, top + 2), label, "black", font)
+        for k, frame in enumerate(frames):
+            image = Image.fromarray(frame.permute(1, 2, 0).cpu().numpy())
+            page.paste(image.resize((size, size), Image.NEAREST), (left + k * (size + 2), top))
+    return page
+
+def save_pages(path, pages, ms=80):
+    """One page as PNG, or several as an animated GIF that loops."""
+    animation = {}
+    if path.suffix == ".gif":
+        animation = dict(save_all=True, append_images=pages[1:], duration=ms, loop=0)
+    with written_aside(path) as part:
+        pages[0].save(part, path.suffix[1:].upper(), **animation)
+
+def save_sheet(path, videos):
+    """Ten frames of the first clip of each kind; videos {label: uint8 (N, T, 3, H, W)}."""
+    last = max(video.shape[1] for video in videos.values()) - 1
+    shown = sorted({round(last * (k / 9) ** 1.6) for k in range(10)})  # early ones closer
+    rows = []
+    for label, video in videos.items():
+        there = [frame for frame in shown if frame < video.shape[1]]
+        rows.append((label, video[0, there]))
+    save_pages(path, [sheet(rows, shown, scale=max(1, 64 // video.shape[-1]))])
+
+def save_gif(path, videos, width=64, ms=80):
+    """The first four clips of each kind beside each other; a shorter one rests at its end."""
+    pages = []
+    for frame in range(max(video.shape[1] for video in videos.values())):
+        rows = []
+        for i in range(min(4, max(len(video) for video in videos.values()))):
+            there = [video for video in videos.values() if i < len(video)]
+            row = [video[i, min(frame, video.shape[1] - 1)] for video in there]
+            rows.append(("", torch.stack(row)))
+        pages.append(sheet(rows, videos, max(1, width // row[0].shape[-1]), left=2))
+    save_pages(path, pages, ms)
+
+# ---------------------------------------- until flowloss.py, flowmo.py, motionprompt.py are plain
+# What follows is theirs alone, as it was; each takes its part along when it is rewritten.
+import signal
+
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 def check_names(cfg, name, known):
     """A field that holds names with commas between them: all of them known, else Fault."""
@@ -89,183 +956,17 @@ def guided_steps(cfg):
         raise Fault(f"--guided {cfg.guided}: must be steps from 0 to {cfg.steps - 1} and ranges of them, as in 0-3,6")
     return {k for e in ends for k in range(e[0], e[-1] + 1)}
 
-def run(main):
-    """Call main(); a Fault or Ctrl-C ends in one line instead of a traceback."""
-    try:
-        main()
-    except Fault as e:
-        text = str(e).strip().splitlines()[-1].split("Fault: ")[-1]  # one from a loader's worker brings its traceback
-        sys.exit(print(f"error: {text}", file=sys.stderr) or 2)
-    except KeyboardInterrupt:
-        sys.exit(print("interrupted; what was saved before is intact", file=sys.stderr) or 130)
-
-def pick_device(name):
-    """'auto' -> cuda, mps or cpu, whichever is there; a device that is not there is a Fault."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise Fault(f"--device {name} cannot be used here ({str(e).splitlines()[0]}); try --device cpu")
-    return torch.device(name)
-
-# ---------------------------------------------------------------------------------------------- real clips
-def _number(path):
-    """Frames sort by the last number in their name, else by name."""
-    digits = re.findall(r"\d+", path.stem)
-    return (int(digits[-1]) if digits else -1, path.name)
-
-def _animated(path):
-    try:
-        with Image.open(path) as im:
-            return getattr(im, "n_frames", 1) > 1
-    except OSError:  # broken: found out, and named, when it is read
-        return False
-
-def _sources(root):
-    """Every clip below root: a folder of frames (list of paths), or one animated or tensor file (path)."""
-    found = []
-    for folder, subfolders, names in sorted(os.walk(root, followlinks=True)):
-        paths = [Path(folder, n) for n in names if not n.startswith(".")]
-        found += sorted(p for p in paths if p.suffix.lower() in TENSORS | {".gif"})
-        frames = sorted((p for p in paths if p.suffix.lower() in IMAGES), key=_number)
-        if frames and frames[0].suffix.lower() == ".webp" and _animated(frames[0]):
-            found += frames
-        elif frames:
-            found.append(frames)
-    return found
-
-def _fit(image, size):
-    """Any PIL image as uint8 (3, size, size): largest centred square, antialiased."""
-    return torch.from_numpy(np.array(ImageOps.fit(image.convert("RGB"), (size, size), Image.BICUBIC))).permute(2, 0, 1)
-
-def _tensor_clip(path, size):
-    """A .npy/.npz/.pt clip (T, H, W, C) or (T, C, H, W), uint8 or float in [0, 1], [-1, 1] or [0, 255]."""
-    a = torch.load(path, weights_only=True, map_location="cpu") if path.suffix == ".pt" else np.load(path)
-    a = torch.as_tensor(a if path.suffix != ".npz" else a[a.files[0]])
-    if a.ndim != 4 or 3 not in (a.shape[1], a.shape[-1]):
-        raise ValueError(f"shape {tuple(a.shape)} is neither (T, H, W, 3) nor (T, 3, H, W)")
-    a = a if a.shape[-1] == 3 else a.permute(0, 2, 3, 1)
-    if a.is_floating_point():
-        if not a.isfinite().all():
-            raise ValueError("holds values that are not finite")
-        a = (a + 1) * 127.5 if a.min() < 0 else a * 255 if a.max() <= 1 else a
-    a = a.round().clamp(0, 255).to(torch.uint8).numpy()
-    return torch.stack([_fit(Image.fromarray(x), size) for x in a])
-
-def read_clip(source, size, start=0, stop=None):
-    """One clip, or frames start..stop of it, as uint8 (T, 3, size, size). Raises OSError or ValueError if broken."""
-    if isinstance(source, list):
-        frames, sizes = [], set()
-        for path in source[start:stop]:
-            with Image.open(path) as im:
-                frames.append(_fit(im, size))
-                sizes.add(im.size)
-        if len(sizes) > 1:
-            raise ValueError("its frames differ in size")
-        return torch.stack(frames)
-    if source.suffix.lower() in TENSORS:
-        return _tensor_clip(source, size)[start:stop]
-    with Image.open(source) as im:
-        return torch.stack([_fit(f, size) for f in ImageSequence.Iterator(im)])[start:stop]
-
-def _split(root, split):
-    """The clips of 'train' or 'test': sub-folders in any usual spelling, else a seeded 80-20 split over clips."""
-    called = lambda d, word: d.is_dir() and re.search(f"(^|[^a-z])({word})([^a-z]|$)", d.name.lower())
-    sub = {s: [d for d in sorted(root.iterdir()) if called(d, word)]
-           for s, word in (("train", "train(ing)?"), ("test", "test(ing)?|val(id(ation)?)?"))}
-    if sub["train"] and sub["test"]:
-        return [c for d in sub[split] for c in _sources(d)]
-    clips = _sources(root)
-    order = np.random.default_rng(42).permutation(len(clips))
-    n_test = max(1, round(0.2 * len(clips)))
-    return [clips[i] for i in sorted(order[:n_test] if split == "test" else order[n_test:])]
-
-def _name(source):
-    return str(source[0].parent.name if isinstance(source, list) else source.name)
-
-class Clips(torch.utils.data.Dataset):
-    """Clips of one split. `frames(i, a, b)` is uint8 (b - a, 3, H, W); small sets are held in memory, others read.
-    captions: of a procedural world that has them."""
-
-    def __init__(self, sources, lengths, size, cache, captions=None):
-        self.sources, self.lengths, self.size, self.cache, self.captions = sources, lengths, size, cache, captions
-
-    def __len__(self):
-        return len(self.lengths)
-
-    def frames(self, i, start=0, stop=None):
-        if self.cache is not None:
-            return self.cache[i][start:stop]
-        try:
-            return read_clip(self.sources[i], self.size, start, stop)
-        except (OSError, ValueError) as e:
-            raise Fault(f"clip {_name(self.sources[i])} cannot be read any more: {e}")
-
-def load_real(root, split, size, min_frames, max_bytes=4 << 30):
-    """Real clips below root. Broken or too short ones are skipped with one warning; none left is a Fault."""
-    sources, bad = _split(root, split), []
-    lazy = sum(len(s) for s in sources if isinstance(s, list)) * 3 * size * size > max_bytes
-
-    def read(source):
-        try:
-            if lazy and isinstance(source, list):
-                read_clip(source, size, 0, 1)
-                return len(source), None
-            clip = read_clip(source, size)
-            return len(clip), clip
-        except Exception as e:  # garbage, code in a pickle, truncation: every reader raises something else
-            return 0, (str(e) or type(e).__name__).splitlines()[0][:80]
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(tqdm(pool.map(read, sources), f"reading {root.name} {split}", len(sources), leave=False))
-    for source, (n, clip) in zip(sources, results):
-        if n < min_frames:
-            bad.append(f"{_name(source)} ({clip if isinstance(clip, str) else f'only {n} of {min_frames} frames'})")
-    if bad:
-        print(f"warning: skipped {len(bad)} of {len(sources)} {split} clips in {root}: "
-              + ", ".join(bad), file=sys.stderr)
-    keep = [(s, n, c) for s, (n, c) in zip(sources, results) if n >= min_frames]
-    if not keep:
-        raise Fault(f"no usable {split} clips in {root}: a clip is a folder of numbered jpg/png/webp frames, an "
-                    f"animated gif/webp, or a .npy/.npz/.pt tensor, of {min_frames} frames or more; two clips at least")
-    sources, lengths, cache = zip(*keep)
-    return Clips(sources, lengths, size, None if lazy else cache)
-
-def load_clips(dataset, data_dir, size, counts, frames, seed, min_frames=2, **world):
-    """Train and test clips of a set, and whether they are 'real' or 'procedural'.
-
-    Real clips are looked for in data_dir ('' = data) under the set's name; where there are none and data_dir is '',
-    a procedural world of that name is rendered: counts = (train, test) clips of `frames` frames. Raises Fault.
-    """
-    names = (dataset, *FOLDERS.get(dataset, ()))
-    places = [Path(data_dir or "data", n) for n in names]
-    root = next((p for p in places if p.is_dir()), None)
-    if root is not None:
-        return load_real(root, "train", size, min_frames), load_real(root, "test", size, min_frames), "real"
-    looked = "no clips found: looked in " + ", ".join(map(str, places))
-    if dataset not in (*FOLDERS, *WORLDS):
-        raise Fault(f"--dataset {dataset}: {looked}; name a folder of clips there, or one of {', '.join(FOLDERS)}")
-    if data_dir or dataset not in WORLDS:
-        raise Fault(f"--dataset {dataset}: {looked}; the README says where to get it"
-                    + (", and without --data_dir a procedural world is used" if dataset in WORLDS else
-                       f" (procedural worlds, for a start: {', '.join(WORLDS)})"))
-    print(f"*** {looked}.\n*** PROCEDURAL world '{dataset}' is used instead: nothing below is real video. ***")
-    train, test = (render(dataset, s, n, size, frames, seed, **world) for s, n in zip(("train", "test"), counts))
-    return train, test, "procedural"
-
 def captions_of(clips, dataset):
     """The caption of every clip; of a real one the text file beside it (clip7/, clip7.gif: clip7.txt). Raises Fault."""
-    if clips.sources is None:
+    if clips.paths is None:
         if not clips.captions[0]:
             raise Fault(f"--dataset {dataset}: this procedural world has no captions; use sprites, or captioned clips")
         return clips.captions
     found = []
-    for source in clips.sources:
-        clip = source[0].parent if isinstance(source, list) else source
+    for clip in clips.paths:
         path = clip.with_name((clip.name if clip.is_dir() else clip.stem) + ".txt")
         try:
-            found.append(path.read_text().strip())
+            found.append(path.read_text(encoding="utf-8").strip())
         except (OSError, UnicodeDecodeError) as e:
             raise Fault(f"clip {clip} has no caption: cannot read {path} ({type(e).__name__}); write one line into it")
     return found
@@ -279,280 +980,10 @@ def load_captioned(cfg, test=512):
     words = [words_of(c) for c in captions[0]]
     return train_clips, test_clips, *captions, sorted(set().union(*words)), max(map(len, words)), source
 
-class Batches(torch.utils.data.Dataset):
-    """Item `step` is that step's batch of `length` consecutive frames, uint8 (B, length, 3, H, W), drawn evenly from
-    all there are: a function of (seed, step) alone, so a resumed run sees what an uninterrupted one would have seen."""
-
-    def __init__(self, clips, batch, length, seed):
-        self.clips, self.batch, self.length, self.seed = clips, batch, length, seed
-        self.ends = np.cumsum([max(0, n - length + 1) for n in clips.lengths])  # starts up to and including each clip
-
-    def where(self, step):
-        """The clips of a step's batch, and the first frame in each: (B,) twice."""
-        at = np.random.default_rng([self.seed, step]).integers(self.ends[-1], size=self.batch)
-        clip = np.searchsorted(self.ends, at, side="right")
-        return clip, at - np.concatenate([[0], self.ends])[clip]
-
-    def __getitem__(self, step):
-        return torch.stack([self.clips.frames(i, a, a + self.length) for i, a in zip(*self.where(step))])
-
-def ahead(make, steps, device, clips):
-    """make(step) for all of `steps` (a range); ahead of the training, by workers, where a GPU would have to wait for it
-    or frames are read from disk. make: a method, or functools.partial of a function, which can be sent to a worker."""
-    cuda = device.startswith("cuda")
-    workers = min(8, os.cpu_count()) if cuda or clips.cache is None else 0
-    way = "fork" if cuda else None  # clips in memory are shared with a fork, anything else would copy them
-    return torch.utils.data.DataLoader(steps, batch_size=None, collate_fn=make, num_workers=workers, pin_memory=cuda,
-                                       multiprocessing_context=way)
-
-# ---------------------------------------------------------------------------------------------- procedural worlds
-def world_rng(seed, split, index):
-    """The random stream of one clip: the same for the same (seed, split, index), different for any other."""
-    return np.random.default_rng([seed, {"train": 0, "test": 1}[split], index])
-
-def _rendered(index, name, split, size, frames, seed, world):
-    clip = WORLDS[name](world_rng(seed, split, index), size, frames, **world)
-    return clip["video"], clip.get("caption", "")
-
-def render(name, split, count, size, frames, seed, **world):
-    """`count` clips of a procedural world, held in memory."""
-    one = partial(_rendered, name=name, split=split, size=size, frames=frames, seed=seed, world=world)
-    workers = min(8, os.cpu_count()) if count * frames * size**2 > 4e6 else 0
-    loader = torch.utils.data.DataLoader(range(count), batch_size=None, collate_fn=one, num_workers=workers)
-    cache, captions = zip(*((v.clone(), c) for v, c in tqdm(loader, f"rendering {name} {split}", leave=False)))
-    return Clips(None, [frames] * count, size, cache, captions)
-
-def sky(rng, size, frames, wind="known", flow=False):
-    """Two layers of cloud drifting over a sky gradient behind a ridge of hills.
-
-    Wind speed .5 to 1.5 px a frame at 32 px; with wind='known' it follows the hour of day, so one frame determines
-    the motion; 'unknown' draws it apart. Returns video uint8 (T, 3, H, W), with flow=True also the exact forward flow
-    (T-1, 2, H, W) and `visible` (T-1, H, W), True where one layer alone makes the pixel, here and at its target.
-    """
-    hour, speed = rng.uniform(size=2)  # 0 = noon, calm ... 1 = dusk, windy
-    speed = (0.5 + (hour if wind == "known" else speed)) * size / 32
-    n = 2 ** math.ceil(math.log2(size + speed * frames + 1))  # torus wide enough that nothing comes round again
-    fy, fx = np.fft.fftfreq(2 * size)[:, None], np.fft.rfftfreq(n)[None]
-    f = np.hypot(fx * 1.0, fy * 1.6) * size / 32  # clouds are wider than high
-    layers = []
-    cirrus, cumulus = (0.5, 1.9, rng.uniform(-0.8, 0.3), 2.0), (1.0, 2.1, rng.uniform(-0.6, 0.5), 5.0)
-    for drift, power, cover, sharp in (cirrus, cumulus):
-        amplitude = np.where(f > 0, np.maximum(f, 1 / 40) ** -power, 0) * np.exp(-((f / 0.25) ** 4))
-        spec = amplitude * np.exp(2j * np.pi * rng.uniform(size=f.shape))  # band-limited: sub-pixel drift is exact
-        lit = spec * (1 - np.exp(-2j * np.pi * fy * 2.5 * size / 32))  # light from above: density minus density above
-        rows = np.fft.ifft(np.stack([spec, lit]), axis=1)[:, :size]  # (2, H, n/2+1), still a spectrum along x
-        rows[0] /= np.fft.irfft(rows[0], n).std()
-        rows[1] /= np.fft.irfft(rows[1], n).std()
-        shift = np.exp(-2j * np.pi * fx * drift * speed * np.arange(frames)[:, None])  # (T, n/2+1)
-        density, light = np.fft.irfft(rows[:, None] * shift[None, :, None], n)[..., :size].astype(np.float32)
-        layers.append((1 / (1 + np.exp(-sharp * (density + cover))), light))  # opacity, light: (T, H, W)
-    tone = lambda *keys: np.array([np.interp(hour, [0, 0.55, 1], k) for k in zip(*keys)], np.float32)  # (3,)
-    top = tone((40, 100, 190), (80, 105, 165), (45, 40, 95))
-    low = tone((165, 205, 240), (245, 205, 150), (235, 110, 80))
-    bright = tone((252, 252, 255), (255, 235, 205), (250, 170, 130))
-    dark = tone((165, 175, 190), (160, 130, 130), (80, 60, 95))
-    y = np.linspace(0, 1, size, dtype=np.float32)[:, None]
-    picture = (top + (low - top) * y**1.3)[:, None]  # (H, 1, 3); constant along x, so that drift is exact
-    for (alpha, light), strength in zip(layers, (0.75, 1.0)):
-        cloud = dark + (bright - dark) * (0.6 + 0.4 * np.tanh(light))[..., None]
-        picture = picture + (strength * alpha)[..., None] * (cloud - picture)  # (T, H, W, 3)
-    x = np.arange(size) / size
-    ridge = 0.9 + 0.05 * sum(np.sin(2 * np.pi * (k * x + rng.uniform())) / k for k in (0.7, 1.9, 4.3))
-    hill = 1 / (1 + np.exp(np.clip((ridge - y - 0.5 / size) * 2 * size, -30, 30)))[..., None]  # (H, W, 1)
-    picture = picture + hill * (0.18 * dark + 8 - picture)
-    out = dict(video=torch.from_numpy(np.rint(picture.clip(0, 255)).astype(np.uint8)).permute(0, 3, 1, 2))
-    if flow:
-        low_cloud = layers[1][0]  # the upper layer shows where the lower one is clear
-        u = np.where(hill[..., 0] > 0.5, 0, np.where(low_cloud > 0.5, speed, 0.5 * speed))[:-1]  # (T-1, H, W)
-        kind = np.where(hill[..., 0] > 0.99, 2, np.where(hill[..., 0] > 0.01, -1,
-                        np.where(low_cloud > 0.98, 1, np.where(low_cloud < 0.02, 0, -1))))  # (T, H, W)
-        target = np.arange(size) + u
-        at = lambda k, x: np.take_along_axis(k[1:], np.clip(x, 0, size - 1).astype(int), 2)
-        same = (kind[:-1] >= 0) & (at(kind, np.floor(target)) == kind[:-1]) & (at(kind, np.ceil(target)) == kind[:-1])
-        out["flow"] = torch.from_numpy(np.stack([u, np.zeros_like(u)], 1)).float()
-        out["visible"] = torch.from_numpy(same & (target <= size - 1))
-    return out
-
-def _maze(rng, cells):
-    """Walls of a maze with a few loops, bool (2 cells + 1, 2 cells + 1); rooms lie at odd indices."""
-    wall = np.ones((2 * cells + 1,) * 2, bool)
-    wall[1::2, 1::2] = False
-    for i, j in np.ndindex(cells, cells):  # from every room a way on to the next row or column, now and then to both
-        ways = [w for w in ((1, 0), (0, 1)) if i + w[0] < cells and j + w[1] < cells]
-        for a, b in rng.permutation(ways)[:1 + (rng.uniform() < 0.25)] if ways else ():
-            wall[2 * i + 1 + a, 2 * j + 1 + b] = False
-    return wall
-
-def _walk(rng, wall, frames):
-    """A first-person walk: positions (T, 2) and headings (T,); it turns where the way ends or a side way tempts."""
-    free = np.argwhere(~wall[1::2, 1::2]) * 2 + 1
-    here, pose = free[rng.integers(len(free))], []
-    steps = [np.array(s) for s in ((1, 0), (0, 1), (-1, 0), (0, -1))]  # headings 0, 90, 180, 270 degrees
-    heading = int(rng.choice([h for h in range(4) if not wall[tuple(here + steps[h])]]))
-    late = rng.integers(8)  # start within the first step
-    while len(pose) < frames + late:
-        ways = [t for t in (0, 1, -1) if not wall[tuple(here + steps[(heading + t) % 4])]] or [2]
-        turn = ways[0] if rng.uniform() < 0.5 else ways[rng.integers(len(ways))]
-        for k in range(6 * abs(turn)):  # a quarter turn takes 6 frames
-            pose.append((*here, np.pi / 2 * (heading + turn * (k + 1) / (6 * abs(turn)))))
-        heading = (heading + turn) % 4
-        for k in range(8):  # a room (2 units) takes 8 frames
-            pose.append((*(here + steps[heading] * (k + 1) / 4), np.pi / 2 * heading))
-        here = here + 2 * steps[heading]
-    pose = np.array(pose, np.float32)[late:late + frames]
-    return pose[:, :2] + 0.5, pose[:, 2]
-
-def mazes(rng, size, frames, tan=0.9):
-    """A first-person walk through a textured maze by ray casting; which way it turns no frame tells.
-
-    Returns video uint8 (T, 3, H, W). tan: half the picture's width at depth 1, which is also the height of a wall.
-    """
-    wall = _maze(rng, 6)
-    at, angle = _walk(rng, wall, frames)
-    v, u = np.mgrid[:16, :16]
-    patterns = np.array([(v % 4 == 0) | ((u + 4 * (v // 4 % 2)) % 8 == 0), (u // 4 + v // 4) % 2 == 0, u // 2 % 2 == 0,
-                         np.hypot(u - 7.5, v - 7.5) < 5, (u + v) // 4 % 2 == 0])  # bricks, checks, stripes, disc, slant
-    hues = rng.uniform(40, 235, size=(5, 1, 1, 3)) * rng.uniform(0.9, 1.05, size=(5, 16, 16, 1))
-    texture = np.where(rng.permutation(patterns)[..., None], 0.55 * hues, hues).reshape(-1, 3).astype(np.float32)
-    style = rng.integers(4, size=wall.shape, dtype=np.int32)  # of every wall; the fifth texture is the floor
-    s = 2 * size  # 2 x 2 rays a pixel, averaged
-    screen = ((np.arange(s, dtype=np.float32) + 0.5) / s * 2 - 1) * np.float32(tan)
-    ahead, right = (np.stack(a, -1)[:, None] for a in ((np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))))
-    ray, at = ahead + screen[:, None] * right, at[:, None]  # (T, s, 2); ahead is 1, so length along the ray is depth
-    cell, step = np.broadcast_to(np.floor(at), ray.shape).astype(np.int32), np.where(ray > 0, 1, -1).astype(np.int32)
-    per = 1 / np.maximum(np.abs(ray), 1e-6)
-    reach = np.where(ray > 0, cell + 1 - at, at - cell) * per  # depth of the next grid line on each axis
-    depth, side = np.zeros(ray.shape[:2], np.float32), np.zeros(ray.shape[:2], bool)
-    moving = np.ones(ray.shape[:2], bool)
-    while moving.any():
-        axis = reach[..., 1] < reach[..., 0]
-        depth, side = np.where(moving, reach.min(-1), depth), np.where(moving, axis, side)
-        move = np.stack([~axis, axis], -1) & moving[..., None]
-        cell, reach = cell + step * move, reach + per * move
-        moving &= ~wall[cell[..., 0], cell[..., 1]]
-    hit = at + ray * depth[..., None]
-    height = screen[:, None] * depth[:, None]  # (T, rows, columns), 0 = eye, down; walls reach from -.5 to .5
-    down, far = height > 0.5, 0.5 / np.maximum(screen, 1e-3)[:, None]  # where the floor is, and its depth
-    pick = lambda x: (x % 1 * 16).astype(np.int32)
-    floor = at[:, :, None] + ray[:, None] * far[..., None]  # (T, rows, columns, 2)
-    on_floor = pick(floor[..., 0]) * 16 + pick(floor[..., 1])
-    on_wall = pick(height + 0.5) * 16 + pick(np.where(side, hit[..., 0], hit[..., 1]))[:, None]
-    kind = style[cell[..., 0], cell[..., 1]][:, None] * 256
-    light = np.where(down, 0.8 / (1 + 0.06 * far), (np.where(side, 0.75, 1.0) / (1 + 0.06 * depth))[:, None])
-    picture = texture[np.where(down, 4 * 256 + on_floor, kind + on_wall)] * light[..., None].astype(np.float32)
-    above = np.array([95, 150, 215]) + np.array([90, 60, 25]) * (1 + screen / tan).clip(0, 1)[:, None]  # (rows, 3)
-    picture = np.where((height < -0.5)[..., None], above[:, None].astype(np.float32), picture)
-    picture = picture.reshape(frames, size, 2, size, 2, 3).mean((2, 4))
-    return dict(video=torch.from_numpy(np.rint(picture.clip(0, 255)).astype(np.uint8)).permute(0, 3, 1, 2))
-
-def layered(size, layers, flow):
-    """Rigid, textured rounded boxes over each other, bottom first.
-
-    A layer: box (half width, half height, radius of the corners), pose (T, 3) as x, y, angle, colour (3,), waves
-    (n, 3), strength of the texture. Returns video uint8 (T, 3, H, W), with flow=True also the exact forward flow
-    (T-1, 2, H, W) and `visible` (T-1, H, W): the target lies in the picture and under no other layer.
-    """
-    local = lambda pose, x, y: (np.cos(pose[2]) * (x - pose[0]) + np.sin(pose[2]) * (y - pose[1]),
-                                np.cos(pose[2]) * (y - pose[1]) - np.sin(pose[2]) * (x - pose[0]))
-    def outside(box, x, y):  # signed distance to the box
-        x, y = abs(x) - box[0], abs(y) - box[1]
-        return np.hypot(np.maximum(x, 0), np.maximum(y, 0)) + np.minimum(np.maximum(x, y), 0) - box[2]
-
-    u, v = np.arange(size, dtype=np.float32), np.arange(size, dtype=np.float32)[:, None]
-    poses = [layer["pose"].T[..., None, None].astype(np.float32) for layer in layers]  # (3, T, 1, 1) each
-    frames = poses[0].shape[1]
-    picture, owner = np.zeros((frames, size, size, 3), np.float32), np.zeros((frames, size, size), np.int8)
-    target = np.zeros((2, frames - 1, size, size), np.float32)
-    for k, (layer, pose) in enumerate(zip(layers, poses)):
-        x, y = local(pose, u, v)  # (T, H, W) each
-        cover = (0.5 - outside(layer["box"], x, y)).clip(0, 1)
-        t, i, j = np.nonzero(cover)  # a small layer touches few pixels
-        x, y, cover = x[t, i, j], y[t, i, j], cover[t, i, j]
-        wave = sum(np.sin(a * x + b * y + c) for a, b, c in layer["waves"].astype(np.float32)) / len(layer["waves"])
-        colour = np.float32(layer["colour"]) * (1 + np.float32(layer["strength"]) * wave)[:, None]
-        picture[t, i, j] += cover[:, None] * (colour - picture[t, i, j])
-        if flow:
-            on = (cover > 0.5) & (t < frames - 1)
-            t, i, j, x, y, (cx, cy, angle) = t[on], i[on], j[on], x[on], y[on], pose[:, t[on] + 1, 0, 0]
-            c, s = np.cos(angle), np.sin(angle)
-            target[:, t, i, j] = c * x - s * y + cx, s * x + c * y + cy
-            owner[t, i, j] = k
-    found = dict(video=torch.from_numpy(np.rint(picture.clip(0, 255)).astype(np.uint8)).permute(0, 3, 1, 2))
-    if flow:
-        seen = (target > -0.5).all(0) & (target < size - 0.5).all(0)
-        for k, (layer, pose) in enumerate(zip(layers, poses)):
-            seen &= (owner[:-1] >= k) | (outside(layer["box"], *local(pose[:, 1:], *target)) > 0)
-        target -= np.stack(np.broadcast_arrays(u, v))[:, None]
-        found |= dict(flow=torch.from_numpy(target).transpose(0, 1), visible=torch.from_numpy(seen))
-    return found
-
-def texture(rng, size, low=3, high=16):
-    """Five plane waves of `low` to `high` pixels a period (at 32 px): too many to look the same anywhere near."""
-    angle, k = rng.uniform(0, 2 * np.pi, 5), 2 * np.pi / (rng.uniform(low, high, 5) * size / 32)
-    return np.stack([k * np.cos(angle), k * np.sin(angle), rng.uniform(0, 6.3, 5)], 1)
-
-def shapes(rng, size, frames, flow=False, speed=1.0, rough=1.0):
-    """Motion in general: one to four textured boxes and discs, turning, over a background that may move itself."""
-    t, unit, layers = np.arange(frames)[:, None], size / 32, []
-    for k in range(1 + rng.integers(1, 5)):
-        still = rng.uniform() < (0.5 if k == 0 else 0.15)
-        velocity = np.append(rng.normal(size=2) * unit * speed * rng.uniform(0.1, 1), rng.normal() * 0.06)
-        start = np.append(rng.uniform(0, size, 2), rng.uniform(0, 6.3))
-        pose = start + (0 if still else 1) * velocity * (t + 0.02 * rng.normal() * t**2)
-        side = rng.uniform(0, 7, 2) * (rng.uniform() < 0.7) * unit if k else (9e3, 9e3)
-        layers.append(dict(box=(*side, rng.uniform(1, 5) * unit), pose=pose, colour=rng.uniform(30, 225, 3),
-                           waves=texture(rng, size), strength=rough * rng.uniform(0.4, 1.2)))
-    return layered(size, layers, flow)
-
-def robot(rng, size, frames, flow=False, make="one", clock=None):
-    """An arm with a gripper reaches for a coloured block on a table and pushes it onto a mark, in one smooth move each.
-
-    make: the same arm in every clip, as in a lab, or "any", of another colour and at another place in each. clock:
-    when the frames are, 0 is the start and 1 the end; None: evenly. All that decides the motion is to be seen in the
-    first frame. Returns as layered().
-    """
-    S, still = float(size), lambda x, y, angle=0.0: np.tile([x, y, angle], (frames, 1))
-    smooth = lambda a: (10 * a**3 - 15 * a**4 + 6 * a**5)[:, None]  # no jerk at either end
-    clock = np.linspace(0, 1, frames) if clock is None else clock
-    reach, push = smooth((clock / 0.45).clip(0, 1)), smooth(((clock - 0.45) / 0.55).clip(0, 1))
-    way, side = rng.choice([-1, 1]), 0.085 * S
-    block = np.array([0.5 - way * rng.uniform(0.08, 0.22), rng.uniform(0.68, 0.84)]) * S
-    goal = block + np.array([way * rng.uniform(0.26, 0.4), rng.uniform(-0.06, 0.06)]) * S
-    home = np.array([rng.uniform(0.2, 0.8), rng.uniform(0.38, 0.48)]) * S
-    touch = block - np.array([way * (side + 0.05 * S), 0])
-    tip = home + reach * (touch - home) + push * (goal - block)  # (T, 2)
-    base = np.array([0.5 if make == "one" else rng.uniform(0.25, 0.75), -0.12]) * S
-    wrist, long = tip - np.array([0, 0.17 * S]), 0.47 * S
-    apart = wrist - base
-    bend = np.arccos((np.hypot(*apart.T) / (2 * long)).clip(0, 1)) * (1 if base[0] <= S / 2 else -1)
-    upper = np.arctan2(apart[:, 1], apart[:, 0]) + bend
-    elbow = base + long * np.stack([np.cos(upper), np.sin(upper)], 1)
-    lower = np.arctan2(*(wrist - elbow).T[::-1])
-    at = lambda p, angle=0.0: np.column_stack([p, np.broadcast_to(angle, frames)])
-    paint, steel, dark = rng.uniform(40, 230, 3), np.array([205, 205, 210.0]), np.array([70, 70, 80.0])
-    arm = np.array([[235, 120, 40], [225, 225, 230], [70, 110, 200], [235, 190, 50]])
-    arm = arm[0 if make == "one" else rng.integers(4)]
-    bands = lambda period: np.array([[2 * np.pi / (period * S), 0, rng.uniform(0, 6.3)]])
-    part = lambda box, pose, colour, waves, strength=0.3: dict(box=tuple(S * b for b in box), pose=pose, colour=colour,
-                                                               waves=waves, strength=strength)
-    return layered(size, [
-        part((9, 9, 0), still(0, 0), rng.uniform(120, 190, 3), texture(rng, size), 0.12),  # wall
-        part((9, 9, 0), still(0, 9.52 * S), rng.uniform(0.5, 1, 3) * [190, 150, 110], texture(rng, S), 0.25),  # table
-        part((0, 0, 0.1), still(*goal), 0.6 * paint + 90, texture(rng, size), 0.1),  # mark
-        part((0, 0, 0.055), still(*goal), 0.3 * paint, texture(rng, size), 0.1),
-        part((0.075, 0.075, 0.01), at(block + push * (goal - block)), paint, texture(rng, size, 6, 14), 0.35),  # block
-        part((long / 2 / S, 0, 0.075), at((base + elbow) / 2, upper), arm, bands(0.35)),
-        part((0, 0, 0.085), at(elbow, upper), dark, bands(0.3)),
-        part((long / 2 / S, 0, 0.06), at((elbow + wrist) / 2, lower), arm * 0.85, bands(0.3)),
-        part((0.08, 0.025, 0.02), at(wrist), dark, bands(0.2)),  # gripper
-        part((0.015, 0.07, 0.02), at(wrist + [-0.055 * S, 0.09 * S]), steel, bands(0.2)),
-        part((0.015, 0.07, 0.02), at(wrist + [0.055 * S, 0.09 * S]), steel, bands(0.2))], flow)
-
 COLOURS = {"red": (225, 55, 50), "green": (60, 190, 70), "blue": (60, 95, 230), "yellow": (230, 200, 40)}
 FORMS = {"circle": (0, 0, 0.2), "square": (0.13, 0.13, 0.01), "bar": (0.24, 0.07, 0.01)}  # box of layered(), widths
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 FLAWS = ("jumps", "jitters", "flickers", "changes")
-
 def sprites(rng, size, frames, flow=False, steady=0.65, worded=0.5):
     """A textured shape crosses a textured background as its caption says; not all do so steadily.
 
@@ -668,23 +1099,6 @@ def plain(caption):
     """A caption of `sprites` without its word of quality; any other as it is."""
     return re.sub(", (steady|shaky)$", "", caption)
 
-WORLDS = {"sky": sky, "mazes": mazes, "shapes": shapes, "robot": robot, "sprites": sprites}
-
-# ---------------------------------------------------------------------------------------------- training
-def moments(clips):
-    """Mean and deviation of the pixels of (some of the) clips, in [-1, 1], for normalise()."""
-    some = to_float(torch.cat([clips.frames(k) for k in range(min(200, len(clips)))]))
-    return some.mean().item(), some.std().item()
-
-def normalise(clips, moments):
-    """uint8 (B, T, 3, H, W) -> (B, 3, T, H, W) of mean 0 and variance 1."""
-    return ((to_float(clips) - moments[0]) / moments[1]).transpose(1, 2)
-
-def dice(seed, use, step):
-    """Random numbers as a function of (seed, use, step) alone, so that a resumed run goes on as it was."""
-    mixed = np.random.SeedSequence([seed, use, step]).generate_state(1)  # of a seed torch heeds 32 bits and no more
-    return torch.Generator().manual_seed(int(mixed[0]))
-
 def averaged(net, decay):
     """The average of a network's weights over training, to sample from."""
     return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay))
@@ -711,85 +1125,11 @@ def pretrained(make, flag, instead):
     except OSError as e:  # URLError is one
         raise Fault(f"{flag}: its weights cannot be downloaded ({e}); use {instead}")
 
-# ---------------------------------------------------------------------------------------------- noise levels
-def like(s, x):
-    """Per-sample scalars s (B,) shaped to broadcast over x (B, ...)."""
-    return s.view(-1, *[1] * (x.ndim - 1))
-
-def to_float(frames):
-    """uint8 -> float in [-1, 1]."""
-    return frames.float() / 127.5 - 1
-
-def to_uint8(x):
-    """float in [-1, 1], clamped to it -> uint8 in main memory."""
-    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
-
-def edm_weight(sigma, data=1.0):
-    """lambda(sigma) = (sigma^2 + data^2) / (sigma data)^2, (B,): EDM (Karras et al. 2022), Tab. 1; data: its std."""
-    return (sigma**2 + data**2) / (sigma * data) ** 2
-
-def edm_denoise(network, x, sigma, data=1.0):
-    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM Eq. 7. network(x, c_noise (B,)) -> like x; sigma (B,)."""
-    total = (sigma**2 + data**2).sqrt()
-    c_skip, c_out, c_in, c_noise = data**2 / total**2, sigma * data / total, 1 / total, sigma.log() / 4  # EDM Tab. 1
-    return like(c_skip, x) * x + like(c_out, x) * network(like(c_in, x) * x, c_noise)
-
-def karras_sigmas(steps, low=0.002, high=80.0, rho=7.0):
-    """Noise levels of a sampler, from high to low, then 0: (steps + 1,). EDM Eq. 5."""
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-    return torch.cat([levels, torch.zeros(1)]).float()
-
-def sample_edm(denoise, x, sigmas, heun=True):
-    """EDM's deterministic sampler (Algorithm 1), Heun's or Euler's steps: x = sigmas[0] n (B, ...) -> x at sigmas[-1].
-
-    denoise(x, sigma (B,)) -> D(x; sigma), like x. Heun takes two evaluations a step, but one for the last, to 0.
-    """
-    for now, then in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
-        slope = (x - denoise(x, x.new_full((len(x),), now))) / now  # dx/dsigma, EDM Eq. 3
-        euler = x + (then - now) * slope
-        if heun and then > 0:
-            slope = (slope + (euler - denoise(euler, x.new_full((len(x),), then))) / then) / 2
-        x = x + (then - now) * slope
-    return x
-
-# ---------------------------------------------------------------------------------------------- Frechet distance
-def own_features(video):
-    """Fixed, seeded, motion-sensitive features of short clips: uint8 (N, T > 4, 3, H, W) -> (N, 46) float64.
-
-    Log-energies of six random filters on the frames, on what changes from one frame to the next, and over four frames;
-    how far change correlates with the gradients (the direction of motion); colour means and spreads; at two scales. A
-    change of 1 is a factor e. Energies below (4 grey levels)^2, which nobody sees, count as none.
-    """
-    bank = torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(0)).to(video.device)
-    bank = (bank - bank.mean((2, 3), keepdim=True)) / 75**0.5  # blind to brightness
-    x, out, unseen = to_float(video), [], 1e-3
-    out += [4 * x.mean((1, 3, 4)), 4 * x.std((1, 3, 4))]  # (N, 3) each
-    for _ in range(2):
-        for signal in (x, x[:, 1:] - x[:, :-1], x[:, 4:] - x[:, :-4]):
-            response = F.conv2d(signal.flatten(0, 1), bank).unflatten(0, signal.shape[:2])
-            out.append((unseen + response.square().mean((3, 4))).log().mean(1))  # (N, 6)
-        dt, gx, gy = x.diff(dim=1)[..., 1:, 1:], x.diff(dim=-1)[:, :-1, ..., 1:, :], x.diff(dim=-2)[:, :-1, ..., 1:]
-        energy = lambda a: a.square().mean((1, 2, 3, 4)) + unseen
-        out += [2 * ((dt * g).mean((1, 2, 3, 4)) / (energy(dt) * energy(g)).sqrt())[:, None] for g in (gx, gy)]
-        x = F.avg_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
-    return torch.cat(out, 1).cpu().double()  # MPS has no float64
-
-def frechet(a, b):
-    """Frechet distance of two sets of features (N, D), (M, D): |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))."""
-    a, b = a.double(), b.double()
-    cov_a, cov_b = (torch.atleast_2d(torch.cov(x.T)) for x in (a, b))
-    w, v = torch.linalg.eigh(cov_a)
-    root = (v * w.clamp(min=0).sqrt()) @ v.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()  # tr (C_a C_b)^(1/2)
-    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
-
 def cut(videos, length):
     """Non-overlapping clips of `length` frames: (N, T, ...) -> (N * (T // length), length, ...)."""
     n = videos.shape[1] // length
     return videos[:, :n * length].unflatten(1, (n, length)).flatten(0, 1)
 
-# ---------------------------------------------------------------------------------------------- statistics
 def smoothness(video):
     """VBench's idea of motion smoothness, (N,), 1 at best: how well a frame is the mean of its neighbours (VBench uses
     an interpolation network instead of the mean). uint8 (N, T, 3, H, W)."""
@@ -813,65 +1153,6 @@ def calibration(real, fake, bins=5):
     truth = torch.cat([torch.ones(real.numel()), torch.zeros(fake.numel())])[phi.argsort()]
     return [(p.mean().item(), q.mean().item()) for p, q in zip(phi.sort().values.chunk(bins), truth.chunk(bins))]
 
-# ---------------------------------------------------------------------------------------------- what a run writes
-def open_run(script, cfg, source):
-    """The output folder, locked for this run; a folder with an earlier run is never overwritten. Raises Fault."""
-    name = re.sub(r"[^\w.-]+", "_", Path(cfg.dataset).name) + ("-procedural" if source == "procedural" else "")
-    out = Path(cfg.out_dir or f"out/{script}-{name}")
-    again, kept = cfg.resume or cfg.eval_only, (out / "ckpt.pt").exists()
-    if kept and not again:
-        raise Fault(f"{out} holds an earlier run: --resume continues it, --eval_only repeats its evaluation, "
-                    "--out_dir names another folder")
-    if again and not kept:
-        raise Fault(f"nothing to continue: {out / 'ckpt.pt'} is not there; run once without --resume and --eval_only")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Fault(f"{out} is in use by another run; give --out_dir another folder")
-    except OSError as e:
-        raise Fault(f"cannot write to {out}: {e.strerror}; give --out_dir another folder")
-    if not again:
-        write(out / "config.json", json.dumps(asdict(cfg), indent=1))
-    return out, lock
-
-def write(path, data):
-    """Write text or, through a callable, anything to a temporary file and rename it: never half a one. Raises Fault."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        if callable(data):
-            data(part)
-        else:
-            part.write_text(data)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
-        part.unlink(missing_ok=True)
-        raise Fault(f"cannot write {path}: {str(e).splitlines()[0]}; what was there before is intact")
-
-def save_checkpoint(path, script, cfg, **state):
-    write(path, lambda p: torch.save(dict(state, script=script, config=asdict(cfg)), p))
-
-def load_checkpoint(path, script, cfg, must_fit):
-    """A checkpoint of this script whose config fits in the fields `must_fit`; no code in it is run. Raises Fault."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # load_state_dict moves what it needs
-        made_by, made_with = state["script"], state["config"]
-    except Exception as e:  # truncated, garbage, a pickle with code: each raises something else
-        raise Fault(f"{path} is not a readable checkpoint ({type(e).__name__}); delete it or name another --out_dir")
-    if made_by != script:
-        raise Fault(f"{path} was written by {made_by}.py, not {script}.py")
-    for k in must_fit:
-        if made_with.get(k) != getattr(cfg, k):
-            raise Fault(f"{path} was trained with --{k} {made_with.get(k)}, this run has {getattr(cfg, k)}; "
-                        f"use the same value or another --out_dir")
-    return state
-
-def as_csv(rows):
-    """Rows (dicts with the same keys) as CSV text."""
-    text = lambda v: f"{v:.6g}" if isinstance(v, float) else str(v)
-    return "".join(",".join(map(text, r)) + "\n" for r in [list(rows[0]), *(r.values() for r in rows)]) if rows else ""
-
 @contextmanager
 def interruptible():
     """Inside the block Ctrl-C (or SIGTERM) only sets the yielded list's item 0, so that the loop can save between two
@@ -890,13 +1171,15 @@ def interruptible():
         for s, handler in old.items():
             signal.signal(s, handler)
 
-def load_stages(path, script, cfg, must_fit, same_training, last):
+def load_stages(path, script, cfg, last):
     """The checkpoint that stage() goes on from: empty, or with --resume and --eval_only what is there. Raises Fault.
 
     last: name and steps of the last stage, which --eval_only needs to be complete."""
     if not (cfg.resume or cfg.eval_only):
         return {"log": []}
-    saved = load_checkpoint(path, script, cfg, must_fit + (same_training if cfg.resume else ()))
+    if cfg.resume and not path.exists():
+        return {"log": []}
+    saved = load_checkpoint(path, script)
     done = saved.get(last[0], {}).get("step", 0)
     if cfg.eval_only and done != last[1]:
         raise Fault(f"{path} has {done} steps of stage {last[0]}, not {last[1]}: --resume makes the missing ones; "
@@ -916,7 +1199,7 @@ def stage(script, cfg, out, saved, clips, columns, name, until, parts, make, ste
     bar, recent, began = tqdm(total=until, initial=done, desc=name), [], time.time()
     with interruptible() as interrupted:
         steps = range(done + 1, until + 1)
-        for k, data in zip(steps, ahead(make, steps, cfg.device, clips) if make else steps):
+        for k, data in zip(steps, map(make, steps) if make else steps):
             losses = step(k, data)
             recent.append(torch.stack([v.detach() for v in losses.values()]))
             if k % 25 and k != until and k not in watch and not interrupted[0]:
@@ -935,48 +1218,19 @@ def stage(script, cfg, out, saved, clips, columns, name, until, parts, make, ste
             recent = []
             if k % 500 == 0 or k == until or k in watch or interrupted[0]:
                 saved[name] = dict(step=k, parts={n: part.state_dict() for n, part in parts.items()})
-                save_checkpoint(out / "ckpt.pt", script, cfg, **saved)
-                write(out / "log.csv", as_csv(saved["log"]))
+                made = dict(saved, script=script, format=FORMAT, config=asdict(cfg))
+                with written_aside(out / "ckpt.pt") as part:
+                    torch.save(made, part)
+                save_log(out / "log.csv", saved["log"])
             if interrupted[0]:
                 raise KeyboardInterrupt
     bar.close()
 
-def write_results(out, script, cfg, dataset, rows, started, **more):
-    write(out / "results.json", json.dumps(dict(
-        script=script, command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), preset=cfg.preset, seed=cfg.seed,
-        device=str(cfg.device), torch=torch.__version__, wall_s=round(time.time() - started, 1), dataset=dataset,
-        rows=rows, **more), indent=1))
-
-def table(rows, columns):
-    """Rows (dicts) as aligned text; columns maps a row key to (heading, format)."""
-    cells = [[h for h, _ in columns.values()]]
-    cells += [["-" if r.get(k) is None else format(r[k], f) for k, (_, f) in columns.items()] for r in rows]
-    widths = [max(map(len, c)) for c in zip(*cells)]
-    return "\n".join("  ".join(f"{c:{'>' if k else '<'}{w}}" for k, (c, w) in enumerate(zip(r, widths))) for r in cells)
-
-def sheet(rows, heads, scale=2, left=90):
-    """A labelled contact sheet: rows of (label, uint8 (N, 3, H, W)), heads over the columns -> PIL image."""
-    size, n = rows[0][1].shape[-1] * scale, max(len(r[1]) for r in rows)
-    page = Image.new("RGB", (left + n * (size + 2), 16 + len(rows) * (size + 2)), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(11)
-    for k, h in enumerate(heads):
-        draw.text((left + k * (size + 2), 1), str(h), "black", font)
-    for r, (label, frames) in enumerate(rows):
-        draw.multiline_text((2, 18 + r * (size + 2)), label, "black", font)
-        for k, f in enumerate(frames):
-            image = Image.fromarray(f.permute(1, 2, 0).cpu().numpy()).resize((size, size), Image.NEAREST)
-            page.paste(image, (left + k * (size + 2), 16 + r * (size + 2)))
-    return page
-
 def save_page(path, page):
-    write(path, lambda p: page.save(p, "PNG"))
-
-def save_gif(path, pages, ms=80):
-    write(path, lambda p: pages[0].save(p, "GIF", save_all=True, append_images=pages[1:], duration=ms, loop=0))
+    save_pages(path, [page])
 
 INKS = ["#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8c564b", "#7f7f7f", "#e377c2", "#bcbd22",
         "#222222", "#5254a3"]
-
 def ticks(low, high, log):
     """Round values in [low, high], three to six of them: on a log scale powers of ten, or 1, 2 and 5 times those."""
     if log:
@@ -1024,3 +1278,266 @@ def save_curves(path, panels, size=(840, 520), across=2):
                 draw.ellipse((x - 6, y - 6, x + 6, y + 6), fill=ink)
             draw.text((x1 + 12, y1 + 28 * n), label, ink, font)
     save_page(path, page)
+
+
+def finite(value):
+    """The same without nan and infinity, which JSON does not have: None."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+def moments(clips):
+    """Mean and deviation of pixels in [-1, 1], of a sample of frames, for normalise()."""
+    some = []
+    for i in range(min(200, len(clips))):
+        apart = max(1, clips.lengths[i] // 32)  # 32 frames of a long clip are enough
+        for start in range(0, clips.lengths[i], apart):
+            some.append(clips.frames(i, start, start + 1))
+    some = to_float(torch.cat(some))
+    return some.mean().item(), some.std().item()
+
+def normalise(clips, moments):
+    """uint8 (B, T, 3, H, W) -> (B, 3, T, H, W) of mean 0 and variance 1."""
+    mean, std = moments
+    return ((to_float(clips) - mean) / std).transpose(1, 2)
+
+def edm_weight(sigma, data=1.0):
+    """lambda(sigma), (B,): EDM (Karras et al. 2022), Tab. 1. data: the deviation of the data."""
+    return (sigma**2 + data**2) / (sigma * data) ** 2
+
+def edm_denoise(network, x, sigma, data=1.0):
+    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM Eq. 7; sigma (B,).
+
+    network(x, c_noise (B,)) -> like x.
+    """
+    total = (sigma**2 + data**2).sqrt()
+    c_skip = data**2 / total**2  # these four: EDM Tab. 1
+    c_out = sigma * data / total
+    c_in = 1 / total
+    c_noise = sigma.log() / 4
+    return like(c_skip, x) * x + like(c_out, x) * network(like(c_in, x) * x, c_noise)
+
+def karras_sigmas(steps, low=0.002, high=80.0, rho=7.0):
+    """Noise levels of a sampler, from high to low, then 0: (steps + 1,). EDM Eq. 5."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    return torch.cat([levels, torch.zeros(1)]).float()
+
+def sample_edm(denoise, x, sigmas, heun=True):
+    """EDM's deterministic sampler, Algorithm 1: x = sigmas[0] n (B, ...) -> x at sigmas[-1].
+
+    denoise(x, sigma (B,)) -> D(x; sigma). Heun takes two evaluations a step, but one for the last.
+    """
+    for now, then in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
+        slope = (x - denoise(x, x.new_full((len(x),), now))) / now  # dx/dsigma, EDM Eq. 3
+        if heun and then > 0:
+            euler = x + (then - now) * slope
+            slope_then = (euler - denoise(euler, x.new_full((len(x),), then))) / then
+            slope = (slope + slope_then) / 2
+        x = x + (then - now) * slope
+    return x
+
+# The worlds of the robot and of general motion, already plain.
+
+def turned(angle, x, y):
+    """A point turned about (0, 0), clockwise to the eye."""
+    cos = np.cos(angle)
+    sin = np.sin(angle)
+    return cos * x - sin * y, sin * x + cos * y
+
+def into_box(pose, x, y):
+    """A point of the picture as seen from a box, whose pose is x, y, angle."""
+    return turned(-pose[2], x - pose[0], y - pose[1])
+
+def outside(box, x, y):
+    """Pixels from a point, as the box sees it, to its edge; negative inside."""
+    half_width, half_height, radius = box
+    right = abs(x) - half_width
+    down = abs(y) - half_height
+    corner = np.hypot(np.maximum(right, 0), np.maximum(down, 0))
+    return corner + np.minimum(np.maximum(right, down), 0) - radius
+
+def layer_colour(layer, x, y):
+    """Colour (N, 3) of a layer at points (N,) as it sees them."""
+    wave = np.zeros_like(x)
+    for a, b, c in layer["waves"].astype(np.float32):
+        wave += np.sin(a * x + b * y + c)
+    wave /= len(layer["waves"])
+    light = 1 + np.float32(layer["strength"]) * wave[:, None]
+    return np.float32(layer["colour"]) * light
+
+def layered(size, layers, flow):
+    """Rigid, textured, rounded boxes over each other, bottom first. Lengths in pixels.
+
+    A layer: box (half width, half height, radius added all round), pose (T, 3) as x, y,
+    angle, colour (3,), waves (n, 3) as of texture(), strength of the texture. Returns as
+    sky(); visible: the target lies in the picture and under no other layer.
+    """
+    column = np.arange(size, dtype=np.float32)  # x, (W,)
+    row = column[:, None]  # y, (H, 1)
+    poses = [layer["pose"].T[..., None, None].astype(np.float32) for layer in layers]
+    frames = poses[0].shape[1]  # a pose is now (3, T, 1, 1)
+    picture = np.zeros((frames, size, size, 3), np.float32)
+    owner = np.zeros((frames, size, size), np.int8)  # the top layer of every pixel
+    target = np.zeros((2, frames - 1, size, size), np.float32)  # where it goes, x and y
+
+    for k, (layer, pose) in enumerate(zip(layers, poses)):
+        x, y = into_box(pose, column, row)  # (T, H, W)
+        cover = (0.5 - outside(layer["box"], x, y)).clip(0, 1)  # the edge is a pixel wide
+        touched = np.nonzero(cover)  # t, i, j of its few pixels
+        x = x[touched]  # (N,)
+        y = y[touched]
+        cover = cover[touched]
+        colour = layer_colour(layer, x, y)  # (N, 3)
+        picture[touched] += cover[:, None] * (colour - picture[touched])
+        if flow:
+            owned = (cover > 0.5) & (touched[0] < frames - 1)
+            t, i, j = np.stack(touched)[:, owned]
+            to_x, to_y, to_angle = pose[:, t + 1, 0, 0]  # the next frame's, (N,) each
+            right, down = turned(to_angle, x[owned], y[owned])
+            target[0, t, i, j] = right + to_x
+            target[1, t, i, j] = down + to_y
+            owner[t, i, j] = k
+
+    clip = dict(video=as_video(picture))
+    if flow:
+        visible = ((target > -0.5) & (target < size - 0.5)).all(0)  # (T-1, H, W)
+        for k, (layer, pose) in enumerate(zip(layers, poses)):
+            x, y = into_box(pose[:, 1:], target[0], target[1])
+            visible &= (owner[:-1] >= k) | (outside(layer["box"], x, y) > 0)
+        target[0] -= column
+        target[1] -= row
+        clip["flow"] = torch.from_numpy(target).transpose(0, 1)
+        clip["visible"] = torch.from_numpy(visible)
+    return clip
+
+def texture(rng, size, low=3, high=16):
+    """Five plane waves, (5, 3): radians a pixel along x and y, and the phase.
+
+    Periods: `low` to `high` pixels (at 32). With five, no two places nearby look the same.
+    """
+    angle = rng.uniform(0, 2 * np.pi, 5)
+    period = rng.uniform(low, high, 5) * size / 32
+    phase = rng.uniform(0, 6.3, 5)
+    k = 2 * np.pi / period
+    return np.stack([k * np.cos(angle), k * np.sin(angle), phase], 1)
+
+def shapes(rng, size, frames, flow=False, speed=1.0, rough=1.0):
+    """Motion in general: one to four textured boxes and discs slide and turn.
+
+    The background may move too. rough: strength of the textures. Returns as layered().
+    """
+    t = np.arange(frames)[:, None]  # (T, 1)
+    unit = size / 32  # pixels at 32
+    layers = []
+    for k in range(1 + rng.integers(1, 5)):  # layer 0 is the background
+        still = rng.uniform() < (0.5 if k == 0 else 0.15)
+        slide = rng.normal(size=2) * unit * speed * rng.uniform(0.1, 1)  # pixels a frame
+        turn = rng.normal() * 0.06  # radians a frame
+        start = np.append(rng.uniform(0, size, 2), rng.uniform(0, 6.3))
+        velocity = 0 if still else np.append(slide, turn)
+        pose = start + velocity * (t + 0.02 * rng.normal() * t**2)  # (T, 3)
+
+        sides = (9e3, 9e3)  # half width and height: endless
+        if k > 0:
+            sides = rng.uniform(0, 7, 2) * unit
+            if rng.uniform() >= 0.7:
+                sides = np.zeros(2)  # a disc
+        layers.append(dict(
+            pose=pose,
+            box=(*sides, rng.uniform(1, 5) * unit),
+            colour=rng.uniform(30, 225, 3),
+            waves=texture(rng, size),
+            strength=rough * rng.uniform(0.4, 1.2),
+        ))
+    return layered(size, layers, flow)
+
+def ease(a):
+    """Time 0 to 1 -> way done 0 to 1, (T, 1), with no jerk at either end."""
+    a = a.clip(0, 1)
+    return (10 * a**3 - 15 * a**4 + 6 * a**5)[:, None]
+
+def two_links(base, wrist, link, side):
+    """An arm from base (2,) to wrist (T, 2): its elbow (T, 2), both links' angles (T,).
+
+    link: length of each, pixels. side: 1 or -1, to which side the elbow points.
+    """
+    apart = wrist - base
+    distance = np.hypot(apart[:, 0], apart[:, 1])
+    bend = np.arccos((distance / (2 * link)).clip(0, 1))  # two equal sides
+    upper = np.arctan2(apart[:, 1], apart[:, 0]) + bend * side
+    elbow = base + link * np.stack([np.cos(upper), np.sin(upper)], 1)
+    rest = wrist - elbow
+    lower = np.arctan2(rest[:, 1], rest[:, 0])
+    return elbow, upper, lower
+
+def stripes(rng, size, period):
+    """A texture (1, 3) of one wave along a part. period: widths."""
+    return np.array([[2 * np.pi / (period * size), 0, rng.uniform(0, 6.3)]])
+
+def robot(rng, size, frames, flow=False, make="one", clock=None):
+    """An arm with a gripper reaches for a coloured block on a table and pushes it onto a mark.
+
+    make: "one", the same arm in every clip, as in a lab; "any", another colour and place in
+    each. clock (T,): when the frames are, 0 the start, 1 the end; None: evenly. All that
+    decides the motion is in the first frame. Returns as layered().
+    """
+    # The plan: numbers in widths, points in pixels.
+    way = rng.choice([-1, 1])  # 1 pushes to the right
+    apart, height = rng.uniform((0.08, 0.68), (0.22, 0.84))
+    far, drop = rng.uniform((0.26, -0.06), (0.4, 0.06))
+    block = np.array([0.5 - way * apart, height]) * size
+    goal = block + np.array([way * far, drop]) * size
+    home = rng.uniform((0.2, 0.38), (0.8, 0.48)) * size  # the tip's
+    beside = 0.085 * size + 0.05 * size  # half a block, and on to the tip
+    touch = block - [way * beside, 0]
+
+    # The path: the tip goes to the block, then takes it along.
+    if clock is None:
+        clock = np.linspace(0, 1, frames)
+    reach = ease(clock / 0.45)
+    push = ease((clock - 0.45) / 0.55)
+    moved = push * (goal - block)  # (T, 2)
+    tip = home + reach * (touch - home) + moved
+
+    # The arm hangs from above the picture.
+    base_x = 0.5 if make == "one" else rng.uniform(0.25, 0.75)
+    base = np.array([base_x, -0.12]) * size
+    wrist = tip - [0, 0.17 * size]
+    side = 1 if base_x <= 0.5 else -1
+    elbow, upper, lower = two_links(base, wrist, 0.47 * size, side)
+
+    paint = rng.uniform(40, 230, 3)
+    steel = (205, 205, 210)
+    dark = (70, 70, 80)
+    arms = np.array([[235, 120, 40], [225, 225, 230], [70, 110, 200], [235, 190, 50]])
+    arm = arms[0 if make == "one" else rng.integers(4)]
+
+    # The parts, bottom first: box in widths, place, angle, colour, texture, its strength.
+    table = (0, 9.52 * size)  # so that its edge is 0.52 down
+    left = wrist + [-0.055 * size, 0.09 * size]
+    right = wrist + [0.055 * size, 0.09 * size]
+    parts = [
+        (9, 9, 0, (0, 0), 0, rng.uniform(120, 190, 3), texture(rng, size), 0.12),  # wall
+        (9, 9, 0, table, 0, rng.uniform(0.5, 1, 3) * [190, 150, 110], texture(rng, size), 0.25),
+        (0, 0, 0.1, goal, 0, 0.6 * paint + 90, texture(rng, size), 0.1),
+        (0, 0, 0.055, goal, 0, 0.3 * paint, texture(rng, size), 0.1),
+        (0.075, 0.075, 0.01, block + moved, 0, paint, texture(rng, size, 6, 14), 0.35),
+        (0.235, 0, 0.075, (base + elbow) / 2, upper, arm, stripes(rng, size, 0.35), 0.3),
+        (0, 0, 0.085, elbow, upper, dark, stripes(rng, size, 0.3), 0.3),
+        (0.235, 0, 0.06, (elbow + wrist) / 2, lower, 0.85 * arm, stripes(rng, size, 0.3), 0.3),
+        (0.08, 0.025, 0.02, wrist, 0, dark, stripes(rng, size, 0.2), 0.3),
+        (0.015, 0.07, 0.02, left, 0, steel, stripes(rng, size, 0.2), 0.3),
+        (0.015, 0.07, 0.02, right, 0, steel, stripes(rng, size, 0.2), 0.3),
+    ]
+    layers = []
+    for wide, high, radius, place, angle, colour, waves, strength in parts:
+        box = (wide * size, high * size, radius * size)
+        path = np.broadcast_to(place, (frames, 2))
+        pose = np.column_stack([path, np.broadcast_to(angle, frames)])  # (T, 3)
+        layers.append(dict(box=box, pose=pose, colour=colour, waves=waves, strength=strength))
+    return layered(size, layers, flow)
+
+WORLDS = {"sky": sky, "shapes": shapes, "robot": robot, "sprites": sprites}

@@ -33,13 +33,13 @@ from torchvision.utils import flow_to_image
 from tqdm import tqdm
 
 import common
-from common import Fault, averaged, cut, descend, dice, edm_denoise, edm_weight, karras_sigmas, like, normalise, opt
+from common import Fault, averaged, cut, descend, make_rng, edm_denoise, edm_weight, karras_sigmas, like, normalise, opt
 from common import sample_edm, to_float, to_uint8
 
 @dataclass
 class Config:
     dataset: str = opt("robot", "robot, or a folder of your clips in --data_dir")
-    data_dir: str = opt("", "real clips: DATA_DIR/DATASET/{train,test}/; empty: data, else a procedural world")
+    data_dir: str = opt("", "real clips: DATA_DIR/DATASET/{train,test}/; empty: data, else a procedural world", free=True)
     preset: str = opt("auto", "tiny (two CPU cores), small (one GPU), paper (128 px); auto: by device")
     iters: int = opt(800, "fine-tuning steps of every objective", 1, 10**8)
     base_iters: int = opt(2500, "steps of the base model, on general motion", 0, 10**8)
@@ -48,11 +48,11 @@ class Config:
     size: int = opt(32, "height and width in pixels; a multiple of 2^(levels - 1) x patch, 24 and up", 24, 1024)
     frames: int = opt(16, "frames of a clip", 8, 256)
     seed: int = opt(0, "of weights, data order and noise", 0, 2**31)
-    device: str = opt("auto", "auto, cpu, cuda, mps")
-    out_dir: str = opt("", "folder to write; empty: out/flowloss-DATASET[-procedural]")
-    resume: bool = opt(False, "continue the run in the output folder, bit for bit on CPU")
-    eval_only: bool = opt(False, "skip training, evaluate the checkpoint in the output folder")
-    compile: bool = opt(False, "torch.compile the denoisers")
+    device: str = opt("auto", "auto, cpu, cuda, mps", free=True)
+    out_dir: str = opt("", "folder to write; empty: out/flowloss-DATASET[-procedural]", free=True)
+    resume: bool = opt(False, "continue the run in the output folder, bit for bit on CPU", free=True)
+    eval_only: bool = opt(False, "skip training, evaluate the checkpoint in the output folder", free=True)
+    compile: bool = opt(False, "torch.compile the denoisers", free=True)
     amp: bool = opt(False, "bfloat16 autocast inside the denoisers")
     objectives: str = opt("none,constant,gated", "of none, constant, lambda, soft, gated; which to compare")
     psi: float = opt(2.0, "the gate: noise levels from here on have no flow term", 0, 1000)
@@ -72,8 +72,8 @@ class Config:
     ema: float = opt(0.98, "decay of the weight average that is sampled from; 0: the last weights", 0, 0.999999)
     clips: int = opt(500, "training clips of a procedural world", 2, 10**6)
     points: str = opt("50,100,200,800", "fine-tuning steps at which to evaluate")
-    videos: int = opt(32, "held-out clips to generate at each of them", 2, 4096)
-    steps: int = opt(10, "steps of the Heun sampler; evaluations: twice as many less one", 1, 1000)
+    videos: int = opt(32, "held-out clips to generate at each of them", 2, 4096, free=True)
+    steps: int = opt(10, "steps of the Heun sampler; evaluations: twice as many less one", 1, 1000, free=True)
 
 PRESETS = {
     "tiny": {},
@@ -335,7 +335,7 @@ def train_raft(cfg, stage, device):
     optimiser = torch.optim.AdamW(raft.parameters(), 2e-3)
     def step(k, pairs):
         a, b, true = (x.to(device) for x in pairs)
-        g = dice(cfg.seed, 1, k)
+        g = make_rng(cfg.seed, 1, k)
         noise = 0.1 * torch.rand(1, generator=g) * (torch.rand(1, generator=g) < 0.3)
         a, b = (x + (noise * torch.randn(x.shape, generator=g)).to(device) for x in (a, b))
         weight = 1 + 4 * (true.square().sum(1) > 0.01)  # (N, H, W)
@@ -386,7 +386,7 @@ def train_base(cfg, stage, moments, device):
     average, optimiser = averaged(net, cfg.ema), torch.optim.AdamW(net.parameters(), cfg.lr)
     if cfg.compile: net.compile()
     def step(k, clips):
-        y, g = normalise(clips.to(device), moments), dice(cfg.seed, 2, k)
+        y, g = normalise(clips.to(device), moments), make_rng(cfg.seed, 2, k)
         sigma, n, aug = noise_of(cfg.prior, y, g)
         D = denoiser(net, y[:, :, 0], cfg.augment, aug)(y + like(sigma, y) * n, sigma)
         loss = recon_loss(D, y, sigma).mean()
@@ -408,7 +408,7 @@ def tune(cfg, stage, saved, base, estimate, clips, moments, device):
     batches, decode = common.Batches(clips, cfg.batch, cfg.frames, cfg.seed), decoder(moments)
     meter = saved.setdefault("meter", {o: [0.0, 0, 0] for o in objectives})  # seconds, steps, samples with a flow term
     def step(k, batch):
-        y, g = normalise(batch.to(device), moments), dice(cfg.seed, 3, k)
+        y, g = normalise(batch.to(device), moments), make_rng(cfg.seed, 3, k)
         sigma, n, aug = noise_of(cfg.prior, y, g)
         j = torch.rand(len(y), cfg.frames - 1, generator=g).argsort(1)[:, :cfg.n_pairs].to(device) + 1  # (B, K)
         i, losses = 0 * j if cfg.pairs == "first" else j - 1, {}
@@ -455,7 +455,7 @@ def evaluate(cfg, saved, base, estimate, test_clips, world, moments, device):
     others = range(count, len(test_clips)) if len(test_clips) > count + 1 else range(count)
     reference = common.own_features(cut(torch.stack([test_clips.frames(k, 0, cfg.frames) for k in others]), 8))
     first, sigmas = y[:, :, 0], karras_sigmas(cfg.steps, low=0.05)  # noise of 0.05 nobody sees
-    noise = torch.randn(y.shape, generator=dice(cfg.seed, 0, 0)).to(device)
+    noise = torch.randn(y.shape, generator=make_rng(cfg.seed, 0, 0)).to(device)
     rows, videos, flows, net = [], {"truth": real.cpu()}, {"truth": true}, copy.deepcopy(base).eval()
     def row(name, step, weights, seconds=None, share=None):
         net.load_state_dict(weights)
@@ -483,7 +483,7 @@ def evaluate(cfg, saved, base, estimate, test_clips, world, moments, device):
 def by_noise(cfg, nets, estimate, clips, moments, device):
     """Fig. 2 and 3 as numbers: what happens at every noise level of SIGMAS, on clips (N, T, 3, H, W)."""
     y, decode = normalise(clips.to(device), moments), decoder(moments)
-    n, truth = torch.randn(y.shape, generator=dice(cfg.seed, 0, 1)).to(device), decode(y)
+    n, truth = torch.randn(y.shape, generator=make_rng(cfg.seed, 0, 1)).to(device), decode(y)
     j = torch.arange(1, cfg.frames, device=device).expand(len(y), -1)
     i = 0 * j if cfg.pairs == "first" else j - 1
     found, true = dict(sigma=SIGMAS, noisy_flow=[]), flows_of(estimate, truth)
@@ -510,14 +510,14 @@ def pictures(cfg, out, rows, videos, flows, noise, estimate, moments):
     page = common.sheet(lines, [f"frame {a}" for a in at], scale=max(1, 64 // cfg.size))
     common.save_page(out / "sheet.png", page)
     pages = [common.sheet([(label(k), videos[k][:4, a]) for k in shown], [f"frame {a}"]) for a in range(cfg.frames)]
-    common.save_gif(out / "samples.gif", pages, ms=150)
+    common.save_pages(out / "samples.gif", pages, ms=150)
     over = lambda o, key: tuple([r[k] for r in rows if r["objective"] == o] for k in ("step", key))
     titles = {"epe_moving": "flow error, moving (px)", "epe_background": "flow error, background (px)", "psnr": "PSNR",
               "ssim": "SSIM", "fvd": "Frechet distance"}
     common.save_curves(out / "curves.png", [dict(title=title, x="fine-tuning step", y=key, lines={
         o: over(o, key) for o in objectives}) for key, title in titles.items()])
     pair = normalise(videos["truth"][:1, cfg.frames // 4:cfg.frames // 4 + 2], moments)  # (1, 3, 2, H, W)
-    n, levels = torch.randn(pair.shape, generator=dice(cfg.seed, 0, 2)), (0, *SIGMAS)
+    n, levels = torch.randn(pair.shape, generator=make_rng(cfg.seed, 0, 2)), (0, *SIGMAS)
     noisy = torch.cat([decoder(moments)(pair + s * n) for s in levels])
     flow = flow_to_image(estimate(*noisy.to(flows["truth"].device).unbind(2)).cpu())
     page = common.sheet([("frame and\nnoise", to_uint8(noisy[:, :, 0])), ("its flow", flow)],
@@ -544,10 +544,6 @@ COLUMNS = {"objective": ("objective", ""), "step": ("step", "d"), "epe_moving": 
            "epe_background": ("backgr.", ".3f"), "epe_zero": ("zero", ".3f"), "epe_floor": ("floor", ".3f"),
            "psnr": ("PSNR", ".2f"), "ssim": ("SSIM", ".4f"), "fvd": ("FD", ".2f"), "active_share": ("share", ".2f"),
            "s_per_step": ("s/step", ".3f")}
-MUST_FIT = ("dataset", "size", "frames", "objectives", "width", "mults", "patch", "raft", "seed", "psi", "scale",
-            "pairs", "n_pairs", "hidden", "prior", "updates", "iters", "points", "base_iters", "raft_iters", "clips")
-SAME_TRAINING = ("batch", "lr", "lr_tune", "ema", "augment", "amp")
-
 def check(cfg):
     """What single values cannot tell. Raises Fault."""
     common.check_names(cfg, "objectives", ("none", "constant", "lambda", "soft", "gated"))
@@ -561,7 +557,7 @@ def check(cfg):
         raise Fault(f"--n_pairs {cfg.n_pairs}: a clip of {cfg.frames} frames has {cfg.frames - 1} pairs; lower it")
 
 def main():
-    began, cfg = time.time(), common.parse_args(Config, PRESETS, __doc__)
+    began, cfg = time.time(), common.parse_args("flowloss", Config, PRESETS, __doc__)
     check(cfg)
     device = common.pick_device(cfg.device)
     cfg.device = str(device)
@@ -569,8 +565,8 @@ def main():
                                                         cfg.frames, cfg.seed, min_frames=cfg.frames)
     if min(len(test_clips), cfg.videos) * (cfg.frames // 8) < 2:
         raise Fault(f"the Frechet distance needs more than {len(test_clips)} test clip of {cfg.frames} frames")
-    out, lock = common.open_run("flowloss", cfg, source)
-    saved = common.load_stages(out / "ckpt.pt", "flowloss", cfg, MUST_FIT, SAME_TRAINING, ("tune", cfg.iters))
+    out = common.open_run("flowloss", cfg, train_clips, test_clips)
+    saved = common.load_stages(out / "ckpt.pt", "flowloss", cfg, ("tune", cfg.iters))
     moments = common.moments(train_clips)  # EDM with sigma_data = 1 wants data of variance 1
     print(f"{cfg.preset} preset on {device}, {len(train_clips)} + {len(test_clips)} clips ({source})")
     columns = ["flow", "base", *cfg.objectives.split(",")]
@@ -578,7 +574,7 @@ def main():
     estimate = train_raft(cfg, stage, device) if cfg.raft == "tiny" else large_raft(cfg, device)
     base = train_base(cfg, stage, moments, device)
     tune(cfg, stage, saved, base, estimate, train_clips, moments, device)
-    world = common.WORLDS.get(cfg.dataset) if source == "procedural" and cfg.dataset != "mazes" else None
+    world = common.WORLDS.get(cfg.dataset) if source == "procedural" else None
     rows, videos, flows = evaluate(cfg, saved, base, estimate, test_clips, world, moments, device)
     nets = {"base": base} | {o: copy.deepcopy(base) for o in cfg.objectives.split(",")}
     for o, weights in saved["points"][cfg.iters].items():
@@ -586,7 +582,7 @@ def main():
     held_out = torch.stack([test_clips.frames(k, 0, cfg.frames) for k in range(min(8, len(test_clips)))])
     noise = by_noise(cfg, nets, estimate, held_out, moments, device)
     dataset = dict(name=cfg.dataset, source=source, clips=[len(train_clips), len(test_clips)], size=cfg.size)
-    common.write_results(out, "flowloss", cfg, dataset, rows, began, by_noise=noise)
+    common.write_results(out, "flowloss", cfg, device, dataset, common.finite(rows), began, by_noise=common.finite(noise))
     pictures(cfg, out, rows, videos, flows, noise, estimate, moments)
     print("\nby noise level:", *(f"  {k:16s}" + " ".join(f"{v:8.3f}" for v in vs) for k, vs in noise.items()), sep="\n")
     print(f"\nFig. 4: {len(videos['truth'])} held-out clips, Heun, {cfg.steps} steps\n" + common.table(rows, COLUMNS))

@@ -36,41 +36,41 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import common
-from common import Fault, auc, averaged, descend, dice, encode, like, normalise, opt, plain, smoothness, to_uint8
+from common import Fault, auc, averaged, descend, make_rng, encode, like, normalise, opt, plain, smoothness, to_uint8
 from common import warm_decay
 
 @dataclass
 class Config:
     dataset: str = opt("sprites", "sprites, or a folder of your captioned clips in --data_dir")
-    data_dir: str = opt("", "real clips: DATA_DIR/DATASET/{train,test}/; empty: data, else a procedural world")
+    data_dir: str = opt("", "real clips: DATA_DIR/DATASET/{train,test}/; empty: data, else a procedural world", free=True)
     preset: str = opt("auto", "tiny (two CPU cores), small (one GPU), paper (its sampling: 50 steps); auto: by device")
     iters: int = opt(3000, "training steps of the text-to-video model", 0, 10**8)
     batch: int = opt(16, "clips in a batch", 1, 65536)
     size: int = opt(16, "height and width of a frame, pixels; a multiple of 4", 8, 1024)
     frames: int = opt(8, "frames of a clip", 4, 256)
     seed: int = opt(0, "of weights, data order, noise and prompts", 0, 2**31)
-    device: str = opt("auto", "auto, cpu, cuda, mps")
-    out_dir: str = opt("", "folder to write; empty: out/flowmo-DATASET[-procedural]")
-    resume: bool = opt(False, "continue the run in the output folder, bit for bit on CPU")
-    eval_only: bool = opt(False, "skip training, sample from the model in the output folder")
-    compile: bool = opt(False, "torch.compile the network")
+    device: str = opt("auto", "auto, cpu, cuda, mps", free=True)
+    out_dir: str = opt("", "folder to write; empty: out/flowmo-DATASET[-procedural]", free=True)
+    resume: bool = opt(False, "continue the run in the output folder, bit for bit on CPU", free=True)
+    eval_only: bool = opt(False, "skip training, sample from the model in the output folder", free=True)
+    compile: bool = opt(False, "torch.compile the network", free=True)
     amp: bool = opt(False, "bfloat16 autocast inside the network")
-    methods: str = opt("base,random,flowmo,flowmo-mean,freeinit,steps", "what to sample with, of METHODS; or all")
-    eta: float = opt(0.05, "size of a guidance step: of every element of z (paper: 0.005)", 0, 100)
-    eta_plain: float = opt(1.0, "the same for flowmo-gd, a factor of the gradient", 0, 10**6)
-    guided: str = opt("3-7", "guided steps, counted from 0: numbers and ranges (paper: 0-11 of 50)")
-    steps: int = opt(16, "steps of the Euler sampler", 1, 10000)
-    shift: float = opt(1.0, "time grid: 1 is linear; Wan has 5, most steps near noise", 0.01, 100)
-    rho: float = opt(1.0, "guidance by the prompt, u_P + rho (u_P - u_0)", 0, 100)
-    fold: str = opt("1,4", "frames and pixels (squared) that make one place for the loss, as a latent would")
-    checkpointing: bool = opt(False, "recompute activations in the guidance's backward pass: less memory, more time")
+    methods: str = opt("base,random,flowmo,flowmo-mean,freeinit,steps", "what to sample with, of METHODS; or all", free=True)
+    eta: float = opt(0.05, "size of a guidance step: of every element of z (paper: 0.005)", 0, 100, free=True)
+    eta_plain: float = opt(1.0, "the same for flowmo-gd, a factor of the gradient", 0, 10**6, free=True)
+    guided: str = opt("3-7", "guided steps, counted from 0: numbers and ranges (paper: 0-11 of 50)", free=True)
+    steps: int = opt(16, "steps of the Euler sampler", 1, 10000, free=True)
+    shift: float = opt(1.0, "time grid: 1 is linear; Wan has 5, most steps near noise", 0.01, 100, free=True)
+    rho: float = opt(1.0, "guidance by the prompt, u_P + rho (u_P - u_0)", 0, 100, free=True)
+    fold: str = opt("1,4", "frames and pixels (squared) that make one place for the loss, as a latent would", free=True)
+    checkpointing: bool = opt(False, "recompute activations in the guidance's backward pass: less memory, more time", free=True)
     width: int = opt(128, "channels of the transformer; the convolutions around it have a third", 32, 4096)
     layers: int = opt(3, "layers of the transformer", 1, 100)
     lr: float = opt(1.5e-3, "AdamW's learning rate, after 100 steps of warm-up; the last 40 % decay to 0", 0, 1)
     ema: float = opt(0.995, "decay of the weight average that is sampled from; 0: the last weights", 0, 0.999999)
     drop: float = opt(0.1, "share of captions left out while training, for u_0", 0, 1)
     clips: int = opt(8000, "training clips of a procedural world", 2, 10**6)
-    prompts: int = opt(256, "prompts to sample", 2, 10**5)
+    prompts: int = opt(256, "prompts to sample", 2, 10**5, free=True)
 
 PRESETS = {
     "tiny": {},
@@ -256,7 +256,7 @@ def train(cfg, stage, net, average, clips, text, moments, device):
     optimiser = torch.optim.AdamW(net.parameters(), cfg.lr, betas=(0.9, 0.98))
     batches = common.Batches(clips, cfg.batch, cfg.frames, cfg.seed)
     def step(k, batch):
-        g = dice(cfg.seed, 1, k)
+        g = make_rng(cfg.seed, 1, k)
         z_1 = normalise(batch.to(device), moments)
         z_0 = torch.randn(z_1.shape, generator=g).to(device)
         t = torch.rand(cfg.batch, generator=g)
@@ -274,7 +274,7 @@ def by_decile(cfg, net, clips, text, moments, device):
     """Held-out loss for t in [0, 0.1], [0.1, 0.2], ..., 10 numbers: a mean would hide where a model fails."""
     n = min(256, len(clips))
     z_1 = normalise(torch.stack([clips.frames(k, 0, cfg.frames) for k in range(n)]), moments).to(device)
-    z_0 = torch.randn(z_1.shape, generator=dice(cfg.seed, 2, 0)).to(device)
+    z_0 = torch.randn(z_1.shape, generator=make_rng(cfg.seed, 2, 0)).to(device)
     u = (torch.arange(n, device=device) + 0.5) / n
     return [flow_matching_loss(net, z_1, z_0, (d + u) / 10, text[:n].to(device)).mean().item() for d in range(10)]
 
@@ -286,7 +286,7 @@ def guidance(cfg, method):
     """How `method` guides a step: guide(z, v, t) -> (z, u); None if it does not."""
     place = [int(n) for n in cfg.fold.split(",")]  # frames, pixels
     loss = lambda **how: lambda u: flowmo_loss(fold(u, *place), **how)
-    coin = dice(cfg.seed, 3, 0)
+    coin = make_rng(cfg.seed, 3, 0)
     signs = lambda g: (2 * torch.randint(2, g.shape, generator=coin) - 1).to(g)
     how = {"flowmo": lambda t: {}, "flowmo-gd": lambda t: dict(eta=cfg.eta_plain, direction=lambda g: g),
            "flowmo-norefresh": lambda t: dict(refresh=False), "flowmo-mean": lambda t: dict(loss=loss(over="mean")),
@@ -305,7 +305,7 @@ def evaluate(cfg, net, prompts, words, noise, moments, device):
     """Sample the same prompts and noise with every method: rows, videos, and what note() keeps."""
     rows, videos, spread, told = [], {}, {}, {}
     grid, chosen = time_grid(cfg.steps, cfg.shift), common.guided_steps(cfg)
-    again, text = torch.randn(noise.shape, generator=dice(cfg.seed, 3, 1)), encode(prompts, words, net.length)
+    again, text = torch.randn(noise.shape, generator=make_rng(cfg.seed, 3, 1)), encode(prompts, words, net.length)
     for name in cfg.methods.split(","):
         guide, parts, seconds, looked = guidance(cfg, name), [], 0.0, []
         said = encode([p + ", steady" for p in prompts], words, net.length) if name == "steady" else text
@@ -364,7 +364,7 @@ def pictures(cfg, out, rows, videos, told, found, log):
     """samples.gif, sheet.png, estimates.png (Eqs. 4, 5) and curves.png (the paper's motivation)."""
     pages = [common.sheet([(k, v[:8, a]) for k, v in videos.items()], [f"frame {a}"], scale=max(1, 64 // cfg.size))
              for a in range(cfg.frames)]
-    common.save_gif(out / "samples.gif", pages, ms=150)
+    common.save_pages(out / "samples.gif", pages, ms=150)
     shown = [(f"{k}\nprompt {n}", videos[k][n]) for n in range(min(6, cfg.prompts))
              for k in ("base", "flowmo") if k in videos]
     page = common.sheet(shown or [(k, v[0]) for k, v in videos.items()], [f"frame {a}" for a in range(cfg.frames)],
@@ -394,9 +394,6 @@ COLUMNS = {"method": ("method", ""), "coherent": ("coherent", ".3f"), "coherent_
            "flicker": ("flicker", ".2f"), "prompt_acc": ("prompt", ".3f"),
            "colour": ("colour", ".3f"), "form": ("form", ".3f"), "way": ("way", ".3f"),
            "patch_variance": ("variance", ".3f"), "evaluations": ("evals", "d"), "cost_ratio": ("time", ".2f")}
-MUST_FIT = ("dataset", "size", "frames", "width", "layers", "clips", "seed")
-SAME_TRAINING = ("batch", "iters", "lr", "ema", "drop", "amp")
-
 def check(cfg):
     """What single values cannot tell. Raises Fault."""
     if cfg.methods == "all":
@@ -411,13 +408,13 @@ def check(cfg):
         raise Fault(f"--fold {cfg.fold}: must be two numbers, frames and pixels, that leave three frames and one pixel")
 
 def main():
-    began, cfg = time.time(), common.parse_args(Config, PRESETS, __doc__)
+    began, cfg = time.time(), common.parse_args("flowmo", Config, PRESETS, __doc__)
     check(cfg)
     device = common.pick_device(cfg.device)
     cfg.device = str(device)
     train_clips, test_clips, captions, test_captions, words, length, source = common.load_captioned(cfg)
-    out, lock = common.open_run("flowmo", cfg, source)
-    saved = common.load_stages(out / "ckpt.pt", "flowmo", cfg, MUST_FIT, SAME_TRAINING, ("train", cfg.iters))
+    out = common.open_run("flowmo", cfg, train_clips, test_clips)
+    saved = common.load_stages(out / "ckpt.pt", "flowmo", cfg, ("train", cfg.iters))
     if saved.setdefault("words", words) != words:
         raise Fault(f"{out / 'ckpt.pt'} was trained on other captions than those in --data_dir; use another --out_dir")
     moments = common.moments(train_clips)
@@ -435,7 +432,7 @@ def main():
     deciles = by_decile(cfg, net, test_clips, encode(test_captions, words, length), moments, device)
     # prompts are held-out captions without their word of quality; the noise is the same for every method
     prompts = [plain(test_captions[k % len(test_captions)]) for k in range(cfg.prompts)]
-    noise = torch.randn(cfg.prompts, 3, cfg.frames, cfg.size, cfg.size, generator=dice(cfg.seed, 4, 0))
+    noise = torch.randn(cfg.prompts, 3, cfg.frames, cfg.size, cfg.size, generator=make_rng(cfg.seed, 4, 0))
     rows, videos, spread, told = evaluate(cfg, net, prompts, words, noise, moments, device)
     real = torch.stack([test_clips.frames(k, 0, cfg.frames) for k in range(min(cfg.prompts, len(test_clips)))])
     found, reference = {}, [dict(method="real", motion_smoothness=smoothness(real).mean().item())]
@@ -444,8 +441,9 @@ def main():
         common.score(reference, {"real": real}, test_captions[:len(real)])
         found = premise(spread, judged["base"]["coherent"] == 1) if "base" in judged else {}
     dataset = dict(name=cfg.dataset, source=source, clips=[len(train_clips), len(test_clips)], size=cfg.size)
-    common.write_results(out, "flowmo", cfg, dataset, rows, began, loss_by_decile=deciles, premise=found,
-                         reference=reference)
+    common.write_results(out, "flowmo", cfg, device, dataset, common.finite(rows), began,
+                         loss_by_decile=common.finite(deciles), premise=common.finite(found),
+                         reference=common.finite(reference))
     pictures(cfg, out, rows, videos | {"real": real}, told, found, saved["log"])
     print("\nheld-out loss by decile of t:", " ".join(f"{v:.3f}" for v in deciles))
     for kind, f in found.items():

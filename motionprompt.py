@@ -32,13 +32,13 @@ from torchvision.utils import flow_to_image
 from tqdm import tqdm
 
 import common
-from common import Fault, averaged, descend, dice, edm_denoise, edm_weight, encode, karras_sigmas, like, normalise, opt
+from common import Fault, averaged, descend, make_rng, edm_denoise, edm_weight, encode, karras_sigmas, like, normalise, opt
 from common import plain, to_float, to_uint8, warm_decay
 
 @dataclass
 class Config:
     dataset: str = opt("sprites", "sprites, or a folder of your captioned clips in --data_dir")
-    data_dir: str = opt("", "real clips: DATA_DIR/DATASET/{train,test}/; empty: data, else a procedural world")
+    data_dir: str = opt("", "real clips: DATA_DIR/DATASET/{train,test}/; empty: data, else a procedural world", free=True)
     preset: str = opt("auto", "tiny (two CPU cores), small (one GPU), paper (16 frames, larger); auto: by device")
     iters: int = opt(4000, "training steps of the text-to-video model", 0, 10**8)
     raft_iters: int = opt(1200, "steps of the tiny RAFT", 0, 10**8)
@@ -47,28 +47,28 @@ class Config:
     size: int = opt(16, "height and width of a frame, pixels; a multiple of 4", 8, 1024)
     frames: int = opt(8, "frames of a clip", 4, 256)
     seed: int = opt(0, "of weights, data order, noise and prompts", 0, 2**31)
-    device: str = opt("auto", "auto, cpu, cuda, mps")
-    out_dir: str = opt("", "folder to write; empty: out/motionprompt-DATASET[-procedural]")
-    resume: bool = opt(False, "continue the run in the output folder, bit for bit on CPU")
-    eval_only: bool = opt(False, "skip training, sample with the models in the output folder")
-    compile: bool = opt(False, "torch.compile the video network")
+    device: str = opt("auto", "auto, cpu, cuda, mps", free=True)
+    out_dir: str = opt("", "folder to write; empty: out/motionprompt-DATASET[-procedural]", free=True)
+    resume: bool = opt(False, "continue the run in the output folder, bit for bit on CPU", free=True)
+    eval_only: bool = opt(False, "skip training, sample with the models in the output folder", free=True)
+    compile: bool = opt(False, "torch.compile the video network", free=True)
     amp: bool = opt(False, "bfloat16 autocast inside the video network")
-    methods: str = opt("base,words,motionprompt,random,latent", "what to sample with, of METHODS; or all")
-    tokens: str = opt("steady,steady", "words whose embeddings the appended tokens start from; n of them")
-    K: int = opt(4, "optimisation steps at every guided step of the sampler", 0, 10**4)
-    lr: float = opt(0.05, "of Adam, for the tokens", 0, 100)
-    lambda1: float = opt(1.0, "weight of the discriminator's log(1 - phi)", 0, 10**6)
-    lambda2: float = opt(0.1, "weight of the flow's total variation, per pixel of flow", 0, 10**6)
-    lambda3: float = opt(0.01, "weight of the distance of the tokens from where they started", 0, 10**6)
-    guided: str = opt("", "steps with tokens, counted from 0: numbers and ranges; empty: the first half, as the paper")
-    pairs: int = opt(2, "random pairs of frames at every optimisation step", 1, 256)
+    methods: str = opt("base,words,motionprompt,random,latent", "what to sample with, of METHODS; or all", free=True)
+    tokens: str = opt("steady,steady", "words whose embeddings the appended tokens start from; n of them", free=True)
+    K: int = opt(4, "optimisation steps at every guided step of the sampler", 0, 10**4, free=True)
+    lr: float = opt(0.05, "of Adam, for the tokens", 0, 100, free=True)
+    lambda1: float = opt(1.0, "weight of the discriminator's log(1 - phi)", 0, 10**6, free=True)
+    lambda2: float = opt(0.1, "weight of the flow's total variation, per pixel of flow", 0, 10**6, free=True)
+    lambda3: float = opt(0.01, "weight of the distance of the tokens from where they started", 0, 10**6, free=True)
+    guided: str = opt("", "steps with tokens, counted from 0: numbers and ranges; empty: the first half, as the paper", free=True)
+    pairs: int = opt(2, "random pairs of frames at every optimisation step", 1, 256, free=True)
     gap: int = opt(3, "frames between the two of a pair, at most", 1, 255)
-    keep: bool = opt(True, "tokens go on from one step of the sampler to the next; --no-keep: from T0 at each")
-    inner_rho: float = opt(0.0, "guidance by the prompt inside the optimisation; 0: conditional only", 0, 100)
+    keep: bool = opt(True, "tokens go on from one step of the sampler to the next; --no-keep: from T0 at each", free=True)
+    inner_rho: float = opt(0.0, "guidance by the prompt inside the optimisation; 0: conditional only", 0, 100, free=True)
     vit: str = opt("tiny", "of the discriminator: ours, or torchvision's, pretrained", choices=("tiny", "vit_b_16"))
-    latent_eta: float = opt(0.05, "size of a step on the latent, a share of sigma, for the method `latent`", 0, 100)
-    steps: int = opt(16, "steps of the Euler sampler", 2, 10000)
-    rho: float = opt(1.0, "guidance by the prompt, D_P + rho (D_P - D_0)", 0, 100)
+    latent_eta: float = opt(0.05, "size of a step on the latent, a share of sigma, for the method `latent`", 0, 100, free=True)
+    steps: int = opt(16, "steps of the Euler sampler", 2, 10000, free=True)
+    rho: float = opt(1.0, "guidance by the prompt, D_P + rho (D_P - D_0)", 0, 100, free=True)
     width: int = opt(128, "channels of the transformer; the convolutions around it have a third", 32, 4096)
     layers: int = opt(3, "layers of the transformer", 1, 100)
     train_lr: float = opt(1.5e-3, "AdamW's learning rate for the models; the last 40 % decay to 0", 0, 1)
@@ -76,7 +76,7 @@ class Config:
     drop: float = opt(0.1, "share of captions left out while training, for D_0", 0, 1)
     clips: int = opt(8000, "training clips of a procedural world", 2, 10**6)
     fakes: int = opt(256, "clips to generate for the discriminator", 4, 10**6)
-    prompts: int = opt(128, "prompts to sample", 2, 10**5)
+    prompts: int = opt(128, "prompts to sample", 2, 10**5, free=True)
 
 PRESETS = {
     "tiny": {},
@@ -376,7 +376,7 @@ def train_raft(cfg, stage, device):
     optimiser, grow = torch.optim.AdamW(raft.parameters(), 2e-3), math.ceil(24 / cfg.size)
     def step(k, pairs):
         a, b, true = (x.to(device) for x in pairs)
-        g = dice(cfg.seed, 5, k)
+        g = make_rng(cfg.seed, 5, k)
         noise = 0.2 * torch.rand(1, generator=g) * (torch.rand(1, generator=g) < 0.5)
         a, b = (to_float(x) + (noise * torch.randn(x.shape, generator=g)).to(device) for x in (a, b))
         a, b = (F.interpolate(x, scale_factor=grow, mode="bilinear") if grow > 1 else x for x in (a, b))
@@ -396,7 +396,7 @@ def train_video(cfg, stage, net, average, clips, text, moments, device):
         cfg.train_lr, betas=(0.9, 0.98))
     batches = common.Batches(clips, cfg.batch, cfg.frames, cfg.seed)
     def step(k, batch):
-        g = dice(cfg.seed, 1, k)
+        g = make_rng(cfg.seed, 1, k)
         y = normalise(batch.to(device), moments)
         t, near = torch.rand(2, cfg.batch, generator=g)
         t = torch.where(near < 0.4, 0.85 + 0.15 * t, t).clamp(0.01, 0.99)  # motion is decided at high noise
@@ -429,7 +429,7 @@ def train_discriminator(cfg, stage, real, fake, estimate, device):
     optimiser = torch.optim.AdamW(net.parameters(), 3e-5 if large else 1e-3, weight_decay=0.05)
     clips = real.to(device), fake.to(device)
     def step(k, _):
-        g, logits = dice(cfg.seed, 6, k), []
+        g, logits = make_rng(cfg.seed, 6, k), []
         for kind in clips:
             video = to_float(kind[torch.randint(len(kind), (32,), generator=g)]).transpose(1, 2)
             with torch.no_grad():
@@ -444,7 +444,7 @@ def train_discriminator(cfg, stage, real, fake, estimate, device):
 @torch.no_grad()
 def scores(cfg, disc, clips, estimate, device, rounds=4):
     """phi of every clip, over a few pairs each, (N, rounds). clips uint8 (N, T, 3, H, W)."""
-    video, g = to_float(clips).transpose(1, 2).to(device), dice(cfg.seed, 7, 0)
+    video, g = to_float(clips).transpose(1, 2).to(device), make_rng(cfg.seed, 7, 0)
     flow = flow_of_pairs(video, *random_pairs(len(video), cfg.frames, rounds, cfg.gap, g), lambda v: v, estimate)
     return disc(flow).sigmoid().view(len(video), rounds).cpu()
 
@@ -465,7 +465,7 @@ def evaluate(cfg, net, estimate, disc, prompts, vocabulary, noise, sigmas, momen
     kinds = {"motionprompt": weights, "tv_only": (0, *weights[1:]), "disc_only": (weights[0], 0, weights[2]),
              "no_penalty": (*weights[:2], 0)}
     for name in cfg.methods.split(","):
-        g, parts, began = dice(cfg.seed, 8, 0), [], time.perf_counter()
+        g, parts, began = make_rng(cfg.seed, 8, 0), [], time.perf_counter()
         pairs = lambda n: random_pairs(n, cfg.frames, cfg.pairs, cfg.gap, g)
         if device.type == "cuda": torch.cuda.reset_peak_memory_stats()
         for a in tqdm(range(0, len(noise), 32), f"sampling {name}", leave=False):
@@ -502,7 +502,7 @@ def pictures(cfg, out, videos, estimate, log, device):
     """samples.gif, sheet.png (with the flow of MotionPrompt and base, colour wheels) and curves.png (losses)."""
     pages = [common.sheet([(k, v[:8, a]) for k, v in videos.items()], [f"frame {a}"], scale=max(1, 64 // cfg.size))
              for a in range(cfg.frames)]
-    common.save_gif(out / "samples.gif", pages, ms=150)
+    common.save_pages(out / "samples.gif", pages, ms=150)
     wheel = lambda v: flow_to_image(estimate(to_float(v[:-1]).to(device), to_float(v[1:]).to(device)).cpu())
     lines = [line for n in range(min(4, cfg.prompts)) for k in ("base", "motionprompt") if k in videos for line in (
         (f"{k}\nprompt {n}", videos[k][n, :-1]), ("  its flow", wheel(videos[k][n])))] or [("real", videos["real"][0])]
@@ -518,10 +518,6 @@ COLUMNS = {"method": ("method", ""), "coherent": ("coherent", ".3f"), "coherent_
            "flicker": ("flicker", ".2f"), "motion_smoothness": ("smooth", ".4f"), "dynamic_degree": ("speed", ".3f"),
            "prompt_acc": ("prompt", ".3f"), "disc_score": ("phi", ".3f"), "evaluations": ("evals", ".0f"),
            "cost_ratio": ("time", ".2f"), "peak_mb": ("MB", ".0f")}
-MUST_FIT = ("dataset", "size", "frames", "width", "layers", "clips", "seed", "gap", "fakes", "vit", "iters",
-            "raft_iters", "disc_iters")
-SAME_TRAINING = ("batch", "train_lr", "ema", "drop", "amp")
-
 def check(cfg):
     """What single values cannot tell. Raises Fault."""
     cfg.methods = ",".join(METHODS) if cfg.methods == "all" else cfg.methods
@@ -535,7 +531,7 @@ def check(cfg):
         raise Fault(f"--methods {cfg.methods}: random goes as far as motionprompt did; name that one before it")
 
 def main():
-    began, cfg = time.time(), common.parse_args(Config, PRESETS, __doc__)
+    began, cfg = time.time(), common.parse_args("motionprompt", Config, PRESETS, __doc__)
     check(cfg)
     device = common.pick_device(cfg.device)
     cfg.device = str(device)
@@ -544,8 +540,8 @@ def main():
     if len(train_clips) < 4: raise Fault(f"{len(train_clips)} training clips: the discriminator needs 4 at least")
     for w in set(cfg.tokens.split(",")) - set(words):
         raise Fault(f"--tokens {cfg.tokens}: {w!r} is in no caption; choose from {', '.join(words)}")
-    out, lock = common.open_run("motionprompt", cfg, source)
-    saved = common.load_stages(out / "ckpt.pt", "motionprompt", cfg, MUST_FIT, SAME_TRAINING, ("disc", cfg.disc_iters))
+    out = common.open_run("motionprompt", cfg, train_clips, test_clips)
+    saved = common.load_stages(out / "ckpt.pt", "motionprompt", cfg, ("disc", cfg.disc_iters))
     if saved.setdefault("words", words) != words:
         raise Fault(f"{out / 'ckpt.pt'} was trained on other captions than those in --data_dir; use another --out_dir")
     moments = common.moments(train_clips)
@@ -565,7 +561,7 @@ def main():
     sigmas = karras_sigmas(cfg.steps, low=0.02)  # noise of 0.02 nobody sees
     if "fakes" not in saved:  # base samples of training captions, for the discriminator
         asked = encode([plain(c) for c in captions[:cfg.fakes]], words, length)
-        noise = torch.randn(len(asked), 3, cfg.frames, cfg.size, cfg.size, generator=dice(cfg.seed, 9, 0))
+        noise = torch.randn(len(asked), 3, cfg.frames, cfg.size, cfg.size, generator=make_rng(cfg.seed, 9, 0))
         sampler = prompted(denoiser(net), say(0 * asked[:1]), cfg.rho)
         made = [euler(sampler, sigmas[0] * noise[a:a + 32].to(device), sigmas, lambda *_, c=say(asked[a:a + 32]): c)
                 for a in tqdm(range(0, len(asked), 32), "generating clips for the discriminator", leave=False)]
@@ -582,13 +578,14 @@ def main():
     if source == "procedural":  # does phi rank coherent clips above the others?
         quality |= {f"auc_{k}": common.auc(p.mean(1), g) for k, p, g in zip(("real", "generated"), phi, good)}
     prompts = [plain(test_captions[k % len(test_captions)]) for k in range(cfg.prompts)]
-    noise = torch.randn(cfg.prompts, 3, cfg.frames, cfg.size, cfg.size, generator=dice(cfg.seed, 4, 0))
+    noise = torch.randn(cfg.prompts, 3, cfg.frames, cfg.size, cfg.size, generator=make_rng(cfg.seed, 4, 0))
     rows, videos = evaluate(cfg, net, estimate, disc, prompts, words, noise, sigmas, moments, device)
     if source == "procedural":
         common.score(rows, videos, prompts, ("base", "words", "random"))
     videos["real"] = stack(test_clips, range(min(cfg.prompts, len(test_clips))))
     dataset = dict(name=cfg.dataset, source=source, clips=[len(train_clips), len(test_clips)], size=cfg.size)
-    common.write_results(out, "motionprompt", cfg, dataset, rows, began, discriminator=quality)
+    common.write_results(out, "motionprompt", cfg, device, dataset, common.finite(rows), began,
+                         discriminator=common.finite(quality))
     pictures(cfg, out, videos, estimate, saved["log"], device)
     print("\ndiscriminator, held out:", ", ".join(f"{k} {v:.2f}" for k, v in quality.items() if k != "calibration"))
     print("phi against the share of real pairs:", ", ".join(f"{p:.2f} {q:.2f}" for p, q in quality["calibration"]))

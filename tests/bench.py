@@ -55,12 +55,12 @@ def versus(*fs, rounds=7):
     return np.median([[clock(f) for f in fs] for _ in range(rounds)], 0)
 
 
-def network(method, **more):
+def network(method):
     """A network whose field is uneven enough to need a few steps, more on some samples than on others."""
-    net = biflow.build(method, biflow.Config(**{**vars(CFG), **more})).to(DEVICE).eval()
+    net = biflow.build(CFG)[method].to(DEVICE).eval()
     g = torch.Generator().manual_seed(0)
     for k, p in net.named_parameters():
-        if ".out." in f".{k}" and p.ndim == 4:
+        if ".out." in f".{k}" and p.ndim == 4 and p.shape[-1] == 3:
             p.data.copy_(0.06 * torch.randn(p.shape, generator=g))
     return net
 
@@ -71,7 +71,7 @@ def solver_overhead():
     x, n = torch.randn(2, CFG.streams, 3, CFG.size, CFG.size, device=DEVICE).clamp(-1, 1)
     for m in biflow.NAMES:
         net, inside = network(m), []
-        step, forward = biflow.one_step(m, net, 0.2, biflow.solve_heun), net.forward
+        step, forward = biflow.make_step(m, net, 0.2, biflow.solve_heun), net.forward
 
         def timed(*args):
             result = []
@@ -85,6 +85,39 @@ def solver_overhead():
         yield (f"frame / its evaluations, {biflow.NAMES[m]}", np.median(ratios), "<= 1.10",
                f"batch {len(x)}, {CFG.size} px, {evals:.1f} evaluations a sample in {len(inside)} calls, "
                f"{sum(inside) / len(inside) * 1e3:.1f} ms a call")
+
+
+def steps_per_second(steps=24):
+    """Training steps a second of `python biflow.py --dataset sky`, read off its log.csv, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", "import os, sys\nos.environ.setdefault('GOMP_SPINCOUNT', '1000')\n"
+                   "sys.path.insert(0, sys.argv[1])\nimport pathlib, time, torch, biflow, common\n"
+                   "cfg = biflow.Config(clips=32, iters=int(sys.argv[2]))\n"
+                   "clips = common.render('sky', 'train', 32, 32, 32, 0)\n"
+                   "nets = biflow.build(cfg)\nbegan = []\nadd = common.Log.add\n"
+                   "def noted(log, step, **losses):\n"
+                   "    began.append(time.time())\n    add(log, step, **losses)\n"
+                   "common.Log.add = noted\n"
+                   "biflow.train(cfg, nets, clips, pathlib.Path(sys.argv[3]), torch.device('cpu'))\n"
+                   "print((len(began) - 4) / (began[-1] - began[3]))",
+                   str(Path(__file__).parents[1]), str(steps), folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return float(done.stdout)
+
+
+@bench
+def busy_neighbours():
+    """Training while other single-threaded work takes all cores, against training on idle ones."""
+    idle = steps_per_second()
+    spin = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(spin) for _ in range(torch.get_num_threads())]
+    try:
+        busy = steps_per_second()
+    finally:
+        for other in others:
+            other.kill()
+    yield "biflow.py: training on idle / on busy cores", idle / busy, "<= 6", \
+        f"{idle:.2f} against {busy:.2f} steps a second, {len(others)} cores"
 
 
 @bench
@@ -123,7 +156,7 @@ def network_against_diffusers():
         if GPU:
             ours.compile()
             theirs.compile()
-        a, b = versus(pass_of(lambda net: net(x, t, t), ours), pass_of(lambda net: net(x, 1000 * t).sample, theirs))
+        a, b = versus(pass_of(lambda net: net(x, t), ours), pass_of(lambda net: net(x, 1000 * t).sample, theirs))
         yield (f"our UNet / diffusers.UNet2DModel, patch {patch}", a / b, "<= 1.00",
                f"{count(ours) / 1e6:.2f} against {count(theirs) / 1e6:.2f} M parameters, batch {batch}, {CFG.size} px, "
                f"{a * 1e3:.0f} against {b * 1e3:.0f} ms, " + ("bf16, compiled" if GPU else "fp32"))
@@ -152,7 +185,8 @@ def solver_against_torchode():
 
     def ours():
         return biflow.solve_heun(lambda x, k, rate: rate[:, None] * (x @ a), x, (rate,))
-    (mine, evals, accepted), other = ours(), theirs()
+    (mine, evals, tries), other = ours(), theirs()
+    accepted = evals - tries - 1  # two to begin with, one a try, one after every accepted step but the last
     note = f"batch 64, {int(evals.min())} to {int(evals.max())} evaluations"
     odd = (accepted != other.stats["n_accepted"]).sum().item()
     yield "samples with other accepted steps than torchode's", odd, "<= 0", note
@@ -173,33 +207,36 @@ def worlds():
 
 @bench
 def loading():
-    """Frames of a folder of jpgs, read by workers, against what the training of all methods asks for."""
-    nets = {m: biflow.build(m, CFG).to(DEVICE) for m in biflow.NAMES}
-    opts = {m: torch.optim.AdamW(net.parameters(), fused=True) for m, net in nets.items()}
+    """Frames of a folder of jpgs, read by threads, against what the training of all methods asks for."""
+    nets = biflow.build(CFG).to(DEVICE)
+    optimiser = torch.optim.AdamW(nets.parameters(), fused=True)
     x = torch.rand(CFG.batch, 3, CFG.size, CFG.size, device=DEVICE)
-    t, alpha, n = biflow.noise_of(0, 1, x, DEVICE)
+    t, alpha, n = biflow.draw(0, 1, x)
 
     def step():
-        for m, net in nets.items():
-            sum(v.mean() for v in biflow.losses(m, net, x, x, t, alpha, n).values()).backward()
-            opts[m].step()
-            opts[m].zero_grad()
+        loss = biflow.flow_loss(nets["flow"], x, x, t) + biflow.condiff_loss(nets["condiff"], x, x, alpha, n)
+        v, noise = biflow.biflow_loss(nets["biflow"], x, x, t, alpha, n)
+        (loss + v + noise).mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
     used = 2 * CFG.batch / versus(step)[0]
     with tempfile.TemporaryDirectory() as root:
         video = common.sky(common.world_rng(0, "train", 0), 128, 64)["video"].permute(0, 2, 3, 1).numpy()
         for clip in range(8):
-            (folder := Path(root, f"clip{clip}")).mkdir()
+            (folder := Path(root, "jpgs", f"clip{clip}")).mkdir(parents=True)
             for i, frame in enumerate(video):
                 buffer = io.BytesIO()
                 Image.fromarray(frame).save(buffer, "JPEG", quality=90)
                 (folder / f"{i}.jpg").write_bytes(buffer.getvalue())
-        clips = common.load_real(Path(root), "train", CFG.size, 2, max_bytes=0)
-        loader = iter(common.ahead(common.Batches(clips, CFG.batch, 2, 0).__getitem__, range(120), str(DEVICE), clips))
-        for _ in range(20):  # workers start, queues fill
-            next(loader)
-        read = 100 * 2 * CFG.batch / clock(lambda: list(loader))
+        held, common.HELD = common.HELD, 0
+        clips, _ = common.load_real("jpgs", root, CFG.size)
+        common.HELD = held
+        batches = common.prefetch(common.Batches(clips, CFG.batch, 2, 0), range(60))
+        for _ in range(10):  # threads start
+            next(batches)
+        read = 50 * 2 * CFG.batch / clock(lambda: list(batches))
     yield "frames/s of loading / of training", read / used, ">= 1.00", \
-        f"{read:.0f} / {used:.0f}, 128 px jpgs to {CFG.size} px, {min(8, os.cpu_count())} workers"
+        f"{read:.0f} / {used:.0f}, 128 px jpgs to {CFG.size} px, {min(8, os.cpu_count())} threads"
 
 
 @bench

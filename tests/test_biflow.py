@@ -4,7 +4,6 @@ import math
 import weakref
 from dataclasses import fields
 from functools import cache, partial
-from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -14,10 +13,11 @@ from torch import nn
 
 import biflow
 import common
-from biflow import between, biflow_step, condiff_step, flow_step, solve_euler, solve_heun, stream
+from biflow import biflow_step, biflow_step_back, condiff_step, denoise_step, flow_step
+from biflow import predict_step, solve_euler, solve_heun, stream
 from common import Fault, frechet, own_features
 
-exact = partial(solve_heun, atol=1e-7, rtol=1e-7, max_evals=10**6)
+exact = partial(solve_heun, tol=1e-7, max_evals=10**6)
 
 
 def randn(*shape, seed=0):
@@ -68,26 +68,42 @@ def pair_field(x, t, alpha):
 @pytest.mark.parametrize("solve", SOLVERS)
 def test_joint_sampling_with_the_exact_field_lands_on_x1_and_back_on_x0(solve):
     x0, x1, n = PAIR
-    x, evals = biflow_step(pair_field, x0, n, EPS, solve)
+    x, evals, _ = biflow_step(pair_field, x0, n, EPS, solve)
     torch.testing.assert_close(x, x1)
     assert evals.shape == (4,) and (evals >= 2).all()
-    torch.testing.assert_close(biflow_step(pair_field, x1, n, EPS, solve, back=True)[0], x0)
+    torch.testing.assert_close(biflow_step_back(pair_field, x1, n, EPS, solve)[0], x0)
 
 
-def test_between_passes_through_the_exact_mix_and_ends_on_the_next_frame():
-    x0, x1, n = PAIR
-    states = between(pair_field, x0, n, EPS, [0.25, 0.5, 1.0], solve_heun)
-    for k, (x, _) in zip((0.25, 0.5, 1.0), states):
-        torch.testing.assert_close(x, x0 + k * (x1 - x0) + like(EPS, x0) * (1 - k) * n)
-    counts = torch.stack([e for _, e in states])
-    assert (counts.diff(dim=0) > 0).all()  # evaluations so far
+@pytest.mark.parametrize("step", [biflow_step, biflow_step_back])
+def test_one_number_may_stand_for_all_samples(step):
+    wavy = lambda x, t, a: (torch.sin(3 * x) + like(t, x) - like(a, x), torch.cos(x + like(t, x)))
+    one = step(wavy, PAIR[0], PAIR[2], 0.2, solve_heun)
+    many = step(wavy, PAIR[0], PAIR[2], torch.full((4,), 0.2, dtype=torch.float64), solve_heun)
+    assert all(torch.equal(p, q) for p, q in zip(one, many))
 
 
 def test_no_noise_is_plain_streaming_of_the_velocity():
     f = lambda x, t, a: (torch.sin(3 * x) + like(t, x) - like(a, x), 100 * torch.cos(x))
     got = biflow_step(f, PAIR[0], PAIR[2], 0 * EPS, solve_heun)
-    want = flow_step(lambda x, t: f(x, t, 0 * t)[0], PAIR[0], solve_heun)
-    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    predicted = predict_step(f, PAIR[0], solve_heun)
+    flow = flow_step(lambda x, t: f(x, t, 0 * t)[0], PAIR[0], solve_heun)
+    assert all(torch.equal(p, q) for p, q in zip(got, predicted))
+    assert all(torch.equal(p, q) for p, q in zip(got, flow))
+
+
+def test_denoising_along_alpha_takes_the_noise_off_and_leaves_the_clock_alone():
+    x0, x1, n = PAIR[0], PAIR[1], PAIR[2][:1].expand(4, -1, -1, -1)
+    for t in (0.0, 0.25, torch.tensor([0.0, 0.2, 0.6, 1.0]).double()):
+        seen = []
+
+        def f(x, clock, alpha):
+            seen.append(clock)
+            return 9 * x, n[:len(x)]  # f_v has no part in it; the same noise on all
+        clean = x0 + like(torch.as_tensor(t), x0) * (x1 - x0)
+        noisy = clean + like(EPS, x0) * n
+        torch.testing.assert_close(denoise_step(f, noisy, t, EPS, solve_heun)[0], clean)
+        assert all(set(clock.tolist()) <= set(seen[0].tolist()) for clock in seen)
+        assert torch.equal(seen[0], torch.as_tensor(t).double().expand(4))
 
 
 # Gaussian frames: x0 ~ N(0, S0^2), x1 = RHO x0 + R N(0, 1): conditional means are linear, ODEs have closed forms.
@@ -107,10 +123,21 @@ def gauss_field(x, t, alpha):
 def test_gaussian_frames_are_carried_by_the_closed_form_map_at_every_eps(back):
     start, end = (S1, S0) if back else (S0, S1)
     x, n = start * randn(4, 5000), randn(4, 5000, seed=1)
-    got = biflow_step(gauss_field, x, n, EPS, exact, back)[0]
+    step = biflow_step_back if back else biflow_step
+    got = step(gauss_field, x, n, EPS, exact)[0]
     noisy = x + EPS[:, None] * n  # its variance start^2 + eps^2 becomes end^2, and the map is linear
     torch.testing.assert_close(got, noisy * (end / (start**2 + EPS**2).sqrt())[:, None], rtol=1e-5, atol=1e-6)
     assert (got.std(1) / end - 1).abs().max() < 0.03
+
+
+def test_gaussian_frames_are_denoised_by_the_closed_form_map():
+    t = torch.tensor([0.0, 0.3, 0.7, 1.0]).double()
+    var = (1 - t) ** 2 * S0**2 + 2 * t * (1 - t) * RHO * S0**2 + t**2 * S1**2  # of a clean mixture
+    alpha = torch.tensor([0.1, 0.3, 0.5, 1.0]).double()
+    x = randn(4, 5000)
+    want = x * (var / (var + alpha**2)).sqrt()[:, None]  # the map from one Gaussian to another
+    got = denoise_step(gauss_field, x, t, alpha, exact)[0]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_gaussian_condiff_draws_the_next_frame_given_the_last():
@@ -134,14 +161,19 @@ def oscillator_at_1(x, rate):
     return torch.stack([d * (c * x[:, 0] - s * x[:, 1]), d * (s * x[:, 0] + c * x[:, 1])], 1)
 
 
+def accepted(evals, tries):
+    """Accepted steps: an evaluation a try, two to begin with, one after every accepted step but the last."""
+    return evals - tries - 1
+
+
 X, RATE = randn(6, 2, seed=5), torch.tensor([0.01, 0.5, 2.0, 5.0, 12.0, 40.0]).double()
 
 
 def test_heun_is_of_second_order_in_its_accepted_steps_and_euler_of_first():
     error = lambda x: (x - oscillator_at_1(X, RATE)).norm(dim=1)[2:5]
-    heun = lambda tol: solve_heun(oscillator, X, (RATE,), atol=tol, rtol=tol, max_evals=10**5)
-    (xa, _, na), (xb, _, nb) = heun(1e-4), heun(1e-6)
-    order = (error(xa) / error(xb)).log() / (nb / na)[2:5].log()
+    heun = lambda tol: solve_heun(oscillator, X, (RATE,), tol, max_evals=10**5)
+    (xa, *na), (xb, *nb) = heun(1e-4), heun(1e-6)
+    order = (error(xa) / error(xb)).log() / (accepted(*nb) / accepted(*na))[2:5].log()
     assert ((order > 1.8) & (order < 2.3)).all()
     ea, eb = (error(solve_euler(oscillator, X, (RATE,), step=s)[0]) for s in (0.002, 0.001))
     assert ((ea / eb - 2).abs() < 0.15).all()
@@ -149,7 +181,7 @@ def test_heun_is_of_second_order_in_its_accepted_steps_and_euler_of_first():
 
 @pytest.mark.parametrize("tol", [1e-2, 1e-3, 1e-4])
 def test_heun_keeps_its_tolerance_on_a_linear_ode(tol):
-    x, evals, _ = solve_heun(oscillator, X, (RATE,), atol=tol, rtol=tol, max_evals=10**5)
+    x, evals, _ = solve_heun(oscillator, X, (RATE,), tol, max_evals=10**5)
     error = (x - oscillator_at_1(X, RATE)).square().mean(1).sqrt()
     assert (error < 2 * tol).all() and (evals.diff() > 0).all()  # the harder, the more evaluations
 
@@ -183,13 +215,14 @@ def heun_alone(rate, x, tol):
 
 def test_a_batch_gives_exactly_what_each_sample_alone_and_a_plain_python_solver_give():
     field = partial(oscillator, wave=0.95)
-    x, evals, accepted = solve_heun(field, X, (RATE,))
+    x, evals, tries = solve_heun(field, X, (RATE,))
     for i in range(len(X)):
         alone = solve_heun(field, X[i:i + 1], (RATE[i:i + 1],))
-        assert torch.equal(alone[0][0], x[i]) and (alone[1], alone[2]) == (evals[i], accepted[i])
+        assert torch.equal(alone[0][0], x[i]) and (alone[1], alone[2]) == (evals[i], tries[i])
         plain = heun_alone(RATE[i].item(), X[i].tolist(), 1e-2)
-        assert plain[1:] == (evals[i], accepted[i]) and plain[0] == pytest.approx(x[i].tolist(), rel=1e-9)
-    assert (evals - 2 - (2 * accepted - 1)).max() > 0  # some steps were rejected, so that this was tested too
+        assert plain[1:] == (evals[i], accepted(evals, tries)[i])
+        assert plain[0] == pytest.approx(x[i].tolist(), rel=1e-9)
+    assert (tries - accepted(evals, tries)).max() > 0  # some steps were rejected: tested too
 
 
 @pytest.mark.parametrize("solve", SOLVERS)
@@ -201,21 +234,32 @@ def test_a_batch_costs_the_sum_of_its_samples_and_no_slope_is_asked_for_twice(so
         assert torch.equal(rate, RATE[sample])  # rows of args follow their samples, also when others have finished
         return oscillator(x, k, rate, wave=0.95)
     before = X.clone()
-    _, evals, accepted = solve(f, X, (RATE, torch.arange(6)))
+    _, evals, tries = solve(f, X, (RATE, torch.arange(6)))
     assert torch.equal(X, before)  # the caller's tensor is left alone
     assert len(asked) == evals.sum() and len(set(asked)) == len(asked)
     for i in range(6):
         assert sum(s == i for s, _, _ in asked) == evals[i]  # a finished sample is not evaluated again
         assert all(0 <= k <= 1 for s, k, _ in asked if s == i)
     if solve is solve_heun:  # 2 for the first step, a slope for every accepted step but the last; the rest are tries
-        assert (evals - 2 - (accepted - 1) > accepted).any() and evals.max() > 5 * evals.min()
+        assert (tries > accepted(evals, tries)).any() and evals.max() > 5 * evals.min()
 
 
-@pytest.mark.parametrize("solve", [partial(solve_heun, atol=1e-5, rtol=1e-5), partial(solve_euler, step=1e-4)])
+@pytest.mark.parametrize("solve", [partial(solve_heun, tol=1e-5), partial(solve_euler, step=1e-4)])
 def test_backward_inverts_forward(solve):
     there = solve(oscillator, X[:3], (RATE[:3],))[0]
-    back = solve(oscillator, there, (RATE[:3],), 1.0, 0.0)[0]
+    back = solve(lambda x, k, rate: -oscillator(x, 1 - k, rate), there, (RATE[:3],))[0]
     assert (there - X[:3]).abs().max() > 0.5 and (back - X[:3]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision_frames_are_solved_and_trained_on(kind):
+    f = lambda x, t, a: (torch.sin(2 * x) - common.like(t, x), torch.cos(x))
+    x0, n = PAIR[0].to(kind), PAIR[2].to(kind)
+    x, evals, _ = biflow_step(f, x0, n, 0.2, solve_heun)
+    exact, many, _ = biflow_step(f, x0.double(), n.double(), 0.2, solve_heun)
+    assert x.dtype == kind and (evals - many).abs().max() <= 4
+    assert (x.double() - exact).abs().max() < 0.1
+    assert sum(biflow.biflow_loss(f, x0, x0, 0.3, 0.5, n)).dtype == kind
 
 
 def test_a_still_field_and_one_that_breaks_down():
@@ -232,7 +276,7 @@ def test_a_still_field_and_one_that_breaks_down():
 def test_all_methods_stream_with_the_same_noise_and_frames_are_clamped():
     first, noise = PAIR[0].float(), {}
     for name, gain in (("a", 0.0), ("b", 9.0)):
-        step = lambda x, n: (noise.setdefault(name, []).append(n) or gain * n, torch.ones(4))
+        step = lambda x, n: (noise.setdefault(name, []).append(n) or gain * n, torch.ones(4), None)
         frames = [x for x, _ in itertools.islice(stream(step, first, torch.Generator().manual_seed(3)), 3)]
         assert all(f.shape == first.shape and f.abs().max() <= 1 for f in frames)
     assert all(torch.equal(p, q) for p, q in zip(noise["a"], noise["b"]))
@@ -241,47 +285,49 @@ def test_all_methods_stream_with_the_same_noise_and_frames_are_clamped():
 
 
 def test_a_stream_goes_on_for_ever_and_keeps_no_frame_but_the_last():
-    frames, refs = stream(lambda x, n: (x + 1e-4, torch.ones(4)), PAIR[0]), []
+    frames, refs = stream(lambda x, n: (x + 1e-4, torch.ones(4), None), PAIR[0]), []
     for _ in range(500):
         refs.append(weakref.ref(next(frames)[0]))
     assert sum(r() is not None for r in refs) <= 1
 
 
-def test_a_sent_frame_replaces_the_one_the_stream_goes_on_from():
-    frames = stream(lambda x, n: (x + 0.25, torch.ones(1)), torch.zeros(1, 3, 2, 2))
-    value = lambda pair: pair[0].mean().item()
-    assert [value(next(frames)), value(next(frames))] == [0.25, 0.5]
-    assert value(frames.send(torch.full((1, 3, 2, 2), -0.75))) == -0.5
-    assert value(next(frames)) == -0.25
-
-
 # ---------------------------------------------------------------------------------------------- network
 
+def parameters(net):
+    return sum(p.numel() for p in net.parameters())
+
+
 @pytest.mark.parametrize("preset", biflow.PRESETS)
-def test_methods_have_the_same_network_but_for_channels_and_both_forms_nearly_the_same_parameters(preset):
-    cfg = lambda joint: biflow.Config(**{**biflow.PRESETS[preset], "joint": joint})
+def test_methods_have_the_same_network_but_for_channels(preset):
     with torch.device("meta"):  # shapes only: `paper` is large
-        nets = {m: biflow.build(m, cfg("one")) for m in biflow.NAMES} | {"two": biflow.build("biflow", cfg("two"))}
-    count = {m: sum(p.numel() for p in net.parameters()) for m, net in nets.items()}
+        nets = biflow.build(biflow.Config(**biflow.PRESETS[preset]))
+    count = {m: parameters(net) for m, net in nets.items()}
     assert max(count.values()) / min(count.values()) < 1.2
     inside = [[p.shape for k, p in net.named_parameters() if ".inp." not in f".{k}" and ".out." not in f".{k}"]
-              for net in (nets["flow"], nets["condiff"], nets["biflow"].nets[0])]
-    assert inside[0] == inside[1] == inside[2]
+              for net in (nets["flow"], nets["condiff"].net)]
+    assert inside[0] == inside[1]
 
 
-def tiny(method, joint="two", **more):
-    net = biflow.build(method, biflow.Config(width=8, mults="1,1.5", joint=joint, **more))
+def test_preset_paper_has_the_released_networks():
+    with torch.device("meta"):
+        nets = biflow.build(biflow.Config(**biflow.PRESETS["paper"]))
+    millions = [parameters(net) / 1e6 for net in nets.values()]
+    assert millions == pytest.approx([278.0, 278.0, 247.8], rel=1e-3)
+
+
+def randomised(**more):
+    nets = biflow.build(biflow.Config(width=8, mults="1,1.5", **more))
     g = torch.Generator().manual_seed(1)
-    for p in net.parameters():  # untrained output layers are zero, which would hide everything
+    for p in nets.parameters():  # untrained output layers are zero, which would hide everything
         p.data.normal_(0, 0.2, generator=g)
-    return net
+    return nets
 
 
-@pytest.mark.parametrize("method, joint", [("flow", "two"), ("condiff", "two"), ("biflow", "one"), ("biflow", "two")])
-def test_shapes_and_that_the_net_hears_its_inputs(method, joint):
-    f, x, t = biflow.field(method, tiny(method, joint)), randn(2, 3, 16, 16).float(), torch.tensor([0.2, 0.7])
+@pytest.mark.parametrize("method", biflow.NAMES)
+def test_shapes_and_that_the_net_hears_its_inputs(method):
+    f, x, t = randomised()[method], randn(2, 3, 16, 16).float(), torch.tensor([0.2, 0.7])
     given = {"flow": [x, t], "condiff": [x, x.flip(0), t], "biflow": [x, t, t.flip(0)]}[method]
-    call = lambda *args: torch.stack(list(out)) if isinstance(out := f(*args), (list, tuple)) else out
+    call = lambda *args: torch.stack(list(out)) if isinstance(out := f(*args), tuple) else out
     assert call(*given).shape == ((2, 2, 3, 16, 16) if method == "biflow" else (2, 3, 16, 16))
     for i in range(len(given)):
         changed = [v + 0.2 * (i == j) for j, v in enumerate(given)]
@@ -289,12 +335,12 @@ def test_shapes_and_that_the_net_hears_its_inputs(method, joint):
 
 
 def test_amp_and_compile_give_the_same_answers():
-    net, x, t = tiny("flow"), randn(3, 3, 16, 16).float(), torch.tensor([0.1, 0.5, 0.9])
+    net, x, t = randomised()["flow"], randn(3, 3, 16, 16).float(), torch.tensor([0.1, 0.5, 0.9])
     with torch.no_grad():
-        plain, low = net(x, t, t), tiny("flow", amp=True)(x, t, t)
+        plain, low = net(x, t), randomised(amp=True)["flow"](x, t)
         # traced as --compile traces it; a compiler of machine code, slow to warm up, is not what is tested
         traced = torch.compile(net, backend="eager", fullgraph=True)
-        again = [traced(x[:k], t[:k], t[:k]) for k in (3, 2)]  # samples finish, batches shrink
+        again = [traced(x[:k], t[:k]) for k in (3, 2)]  # samples finish, batches shrink
     assert low.dtype == torch.float32 and 0 < (low - plain).abs().max() < 0.03 * plain.abs().max()
     for k, y in zip((3, 2), again):
         torch.testing.assert_close(y, plain[:k], rtol=1e-4, atol=1e-4)
@@ -316,7 +362,7 @@ def test_frechet_equals_closed_forms_of_gaussians():
 @cache
 def sky_clips():
     """Test clips as the reference, train clips to be corrupted, uint8 (N, 8, 3, 32, 32)."""
-    clips = lambda split, count: common.cut(torch.stack(common.render("sky", split, count, 32, 32, 0).cache), 8)
+    clips = lambda split, count: torch.stack(common.render("sky", split, count, 32, 32, 0).cache).unflatten(1, (4, 8)).flatten(0, 1)
     return clips("test", 100), clips("train", 40)
 
 
@@ -365,45 +411,14 @@ def test_a_plain_random_3d_network_does_not_see_shuffling():
 
 
 def test_our_features_work_at_the_smallest_size():
-    size = next(f.metadata["lo"] for f in fields(biflow.Config) if f.name == "size")
+    size = next(f.metadata["low"] for f in fields(biflow.Config) if f.name == "size")
     assert own_features(torch.randint(256, (2, 8, 3, size, size)).to(torch.uint8)).isfinite().all()
-
-
-class Stub(nn.Module):
-    """The interface of the usual i3d_torchscript.pt."""
-
-    def forward(self, x, rescale: bool = False, resize: bool = False, return_features: bool = False):
-        assert rescale and resize and return_features and x.shape[1] == 3
-        return x.mean((3, 4)).flatten(1)  # (B, 3 T), levels 0..255
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit")  # deprecated, but what I3D is handed around in
-def test_features_from_a_torchscript_file(tmp_path):
-    torch.jit.script(Stub()).save(tmp_path / "i3d.pt")
-    features, length = biflow.feature_fn(str(tmp_path / "i3d.pt"), "cpu")
-    video = torch.arange(11 * 32 * 3).remainder(251).to(torch.uint8).view(11, 32, 3, 1, 1).expand(-1, -1, -1, 4, 4)
-    got = features(video)
-    assert length == 32 and got.dtype == torch.float64
-    torch.testing.assert_close(got, video[..., 0, 0].transpose(1, 2).flatten(1).double())  # (N, C, T): in levels of 255
-    (tmp_path / "text.pt").write_text("no network")
-    for name in ("text.pt", "missing.pt"):
-        with pytest.raises(Fault, match=f"--features .*{name}: neither own, r3d_18 nor a TorchScript file"):
-            biflow.feature_fn(str(tmp_path / name), "cpu")
-
-
-def test_weights_that_cannot_be_downloaded_are_a_fault(monkeypatch, tmp_path):
-    def offline(*_, **__):
-        raise URLError("no network")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
-    with pytest.raises(Fault, match="--features r3d_18: its weights cannot be downloaded .*use --features own"):
-        biflow.feature_fn("r3d_18", "cpu")
 
 
 def test_real_clips_are_drawn_without_repetition_and_too_few_are_a_fault():
     held = [torch.arange(n).add(50 * k).view(-1, 1, 1, 1).expand(-1, 3, 2, 2) for k, n in enumerate((20, 7, 17))]
-    clips = common.Clips(None, [20, 7, 17], 2, held)
-    starts = biflow.real_clips(clips, 8, 10, 0)[:, 0, 0, 0, 0].tolist()
-    assert sorted(starts) == [0, 8, 100, 108] and len(biflow.real_clips(clips, 8, 3, 0)) == 3
-    with pytest.raises(Fault, match="at least 16 frames, and two of them"):
-        biflow.real_clips(common.Clips(None, [20], 2, held[:1]), 16, 10, 0)
+    clips = common.Clips(lengths=[20, 7, 17], size=2, cache=held)
+    starts = biflow.real_clips(clips, 10, 0)[:, 0, 0, 0, 0].tolist()
+    assert sorted(starts) == [0, 8, 100, 108] and len(biflow.real_clips(clips, 3, 0)) == 3
+    with pytest.raises(Fault, match="two real clips of 8 frames"):
+        biflow.real_clips(common.Clips(lengths=[15], size=2, cache=held[:1]), 10, 0)
