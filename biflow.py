@@ -190,6 +190,10 @@ def rms(x):
     x = x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
     return x.square().mean(1).sqrt()
 
+def take(rows, *tensors):
+    """Those rows of every tensor."""
+    return [tensor[rows] for tensor in tensors]
+
 def hairer_first_step(field, x, slope, args, tol):
     """Length of a first step (B,), by trying Euler's: Hairer, Norsett and Wanner, Sec. II.4."""
     scale = tol + tol * x.abs()
@@ -218,7 +222,7 @@ def solve_heun(field, x, args=(), tol=1e-2, max_evals=2000):
     evals = torch.zeros_like(row)
     tries = torch.zeros_like(row)
     k = per_sample(0.0, x)
-    slope = field(x, k, *args)
+    slope = field(x, k, *args).clone()
     h = hairer_first_step(field, x, slope, args, tol)
     evals += 2
     while len(row) > 0:
@@ -235,24 +239,18 @@ def solve_heun(field, x, args=(), tol=1e-2, max_evals=2000):
 
         good = error < 1
         last = good & (h >= left)
-        x = torch.where(like(good, x) > 0, heun, x)
-        k = torch.where(good, k + h, k)
+        step = torch.where(good, h, 0.0)
+        x = x + like(step / 2, x) * (slope + slope_end)
+        k = k + step
         h = h * (0.9 * error.clamp(min=1e-12) ** -0.5).clamp(0.2, 10)
         if last.any():  # the others go on without those that have arrived
-            result[row[last]] = x[last]
-            stay = ~last
-            row = row[stay]
-            x = x[stay]
-            k = k[stay]
-            h = h[stay]
-            slope = slope[stay]
-            good = good[stay]
-            args = [a[stay] for a in args]
+            ends, places = take(last, x, row)
+            result[places] = ends
+            x, k, h, slope, good, row, *args = take(~last, x, k, h, slope, good, row, *args)
         if good.any():  # those that moved need a new slope
-            moved = good.nonzero()[:, 0]
-            evals[row[moved]] += 1
-            slope = slope.clone()
-            slope[moved] = field(x[moved], k[moved], *[a[moved] for a in args])
+            x_moved, k_moved, places, *args_moved = take(good, x, k, row, *args)
+            slope[good] = field(x_moved, k_moved, *args_moved)
+            evals[places] += 1
     return result, evals, tries
 
 @torch.no_grad()
@@ -425,6 +423,10 @@ def learning_rate(cfg, step):
     cosine = 0.5 + 0.5 * math.cos(math.pi * step / cfg.iters)
     return cfg.lr * min(1, step / 100) * (cfg.lr_end + (1 - cfg.lr_end) * cosine)
 
+def compile_all(nets):
+    for net in nets.values():
+        net.compile()
+
 def train(cfg, nets, clips, out, device):
     """All methods side by side, on the same frames, clocks and noise. Returns averaged networks."""
     average = AveragedModel(nets, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
@@ -440,8 +442,7 @@ def train(cfg, nets, clips, out, device):
         rows = saved["log"]
     log = common.Log(cfg.iters, start, rows)
     if cfg.compile:
-        for net in nets.values():
-            net.compile()
+        compile_all(nets)
 
     pairs = common.prefetch(common.Batches(clips, cfg.batch, 2, cfg.seed), range(start, cfg.iters))
     for step, frames in enumerate(pairs, start + 1):
@@ -462,11 +463,12 @@ def train(cfg, nets, clips, out, device):
         average.update_parameters(nets)
 
         log.add(step, flow=flow, condiff=condiff, biflow_v=biflow_v, biflow_n=biflow_n)
-        if step % SAVE_EVERY == 0 or step == cfg.iters:
+        if step % SAVE_EVERY == 0 or step == cfg.iters or log.interrupted:
             common.save_checkpoint(
                 out, "biflow", cfg, log, step=step, nets=nets.state_dict(),
                 average=average.state_dict(), optimizer=optimizer.state_dict(),
             )
+    log.close()
     return average.module.eval()
 
 # ---------------------------------------- evaluate
@@ -654,6 +656,8 @@ def main():
     else:
         nets = train(cfg, build(cfg).to(device), train_clips, out, device)
         steps = cfg.iters
+    if cfg.compile:
+        compile_all(nets)
     try:
         rows, videos = evaluate(cfg, nets, train_clips, test_clips, device)
     except FloatingPointError as e:

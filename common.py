@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 from collections import deque
@@ -810,11 +811,14 @@ def save_log(path, rows):
         table.writerows(rows)
 
 def save_checkpoint(out, script, cfg, log, **state):
-    """ckpt.pt and log.csv of a run. Raises Fault."""
+    """ckpt.pt and log.csv of a run. Raises Fault; KeyboardInterrupt after a Ctrl-C."""
     made = dict(script=script, format=FORMAT, config=asdict(cfg), log=log.rows, **state)
     with written_aside(out / "ckpt.pt") as part:
         torch.save(made, part)
     save_log(out / "log.csv", log.rows)
+    if log.interrupted:
+        log.close()
+        raise KeyboardInterrupt
 
 def load_checkpoint(path, script):
     """A checkpoint of this script and of this format; no code in it is run. Raises Fault."""
@@ -829,7 +833,10 @@ def load_checkpoint(path, script):
     return made
 
 class Log:
-    """The losses of a training: a progress bar; means over 50 steps as rows of log.csv."""
+    """The losses of a training: a progress bar; means over 50 steps as rows of log.csv.
+
+    From its making to its closing, Ctrl-C only sets `interrupted`, for a save between two steps.
+    """
 
     def __init__(self, steps, done=0, rows=(), name="training"):
         self.steps = steps
@@ -838,16 +845,31 @@ class Log:
         self.bar = tqdm(total=steps, initial=done, desc=name)
         before = self.rows[-1]["seconds"] if self.rows else 0
         self.began = time.time() - before
+        self.interrupted = False
+        self.handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number] = signal.signal(number, self.interrupt)
+
+    def interrupt(self, number, frame):
+        if self.interrupted:  # the second time: at once
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    def close(self):
+        self.bar.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def add(self, step, **losses):
         """Note the losses of a step, scalar tensors. Raises Fault if one is not finite."""
         self.recent.append(torch.stack([loss.detach() for loss in losses.values()]))
         self.bar.update()
-        if step % 50 and step != self.steps:
+        if step % 50 and step != self.steps and not self.interrupted:
             return  # to read the losses more often would stall a GPU
         recent = torch.stack(self.recent).cpu()  # (steps since the last row, losses)
         broken = ~recent.isfinite()
         if broken.any():
+            self.close()
             row, column = broken.nonzero()[0].tolist()
             first = step - len(recent) + 1 + row
             raise Fault(f"the loss {list(losses)[column]} is not finite at step {first}; try a "
@@ -857,8 +879,6 @@ class Log:
         self.rows.append({"step": step, **means, "seconds": seconds})
         self.bar.set_postfix({name: f"{v:.4f}" for name, v in means.items()})
         self.recent = []
-        if step == self.steps:
-            self.bar.close()
 
 def write_results(out, script, cfg, device, dataset, rows, began, **more):
     """results.json: what was run, on what, and the rows of its table; strict JSON."""
@@ -936,8 +956,6 @@ def save_gif(path, videos, width=64, ms=80):
 
 # ---------------------------------------- until flowloss.py, flowmo.py, motionprompt.py are plain
 # What follows is theirs alone, as it was; each takes its part along when it is rewritten.
-import signal
-
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
