@@ -17,8 +17,8 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
 from itertools import combinations
 from pathlib import Path
 
@@ -76,11 +76,8 @@ def parse_args(script, Config, presets, doc, argv=None):
             how = dict(action=argparse.BooleanOptionalAction)  # --amp, --no-amp
         else:
             how = dict(type=f.type, metavar=f.type.__name__.upper())
-        parser.add_argument(f"--{f.name}", default=MISSING, help=help, **how)
-    given = {}
-    for name, value in vars(parser.parse_args(argv)).items():
-        if value is not MISSING:
-            given[name] = value
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **how)
+    given = vars(parser.parse_args(argv))
 
     if given.get("resume") or given.get("eval_only"):
         cfg = settings_of_run(script, Config, given)
@@ -134,11 +131,11 @@ def run(main):
     """Call main(); a Fault or Ctrl-C ends in one line instead of a traceback."""
     try:
         main()
-    except Fault as e:
-        print(f"\nerror: {e}", file=sys.stderr)
+    except (Fault, FloatingPointError) as e:
+        print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; what was saved before is intact: --resume goes on", file=sys.stderr)
+        print("interrupted; what was saved before is intact: --resume goes on", file=sys.stderr)
         sys.exit(130)
 
 def pick_device(name):
@@ -197,6 +194,7 @@ def _crossed(frames):
         sizes = [len(set(a)), len(set(b))]
         if min(sizes) > 1 and len(set(zip(a, b))) == sizes[0] * sizes[1]:
             return True
+    return False
 
 def _walk(root):
     seen = set(root.resolve().parents)
@@ -348,7 +346,7 @@ def read_picture(path, size):
     try:
         with Image.open(Path(path).expanduser()) as image:
             return square(ImageOps.exif_transpose(image), size)
-    except (OSError, ValueError) as e:
+    except Exception as e:  # each format has its own
         raise Fault(f"{path} cannot be read as a picture: {e}")
 
 def _read(clip, size, start=0, stop=None):
@@ -464,7 +462,7 @@ def check_record(train, test, record, out):
     now = data_record(train, test)
     if now["source"] != record["source"]:
         raise Fault(f"the run in {out} was trained on {record['source']} clips, and here are "
-                    f"{now['source']} ones: name the folder of its clips by --data_dir")
+                    f"{now['source']} ones; the folder of its clips is named by --data_dir")
     text = "{clips} clips, {frames} frames, {bytes:,} bytes, names and sizes {digest}"
     for split in ("train", "test"):
         if now.get(split) != record.get(split):
@@ -653,7 +651,7 @@ class Batches:
 def prefetch(batches, steps):
     """batches[step] for every step of the range `steps`, made by threads ahead of its use."""
     ready = deque()
-    pool = ThreadPoolExecutor(min(8, os.cpu_count()))
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
         for step in steps:
             ready.append(pool.submit(batches.__getitem__, step))
@@ -794,7 +792,8 @@ def written_aside(path):
         yield part
         os.replace(part, path)
     except (OSError, RuntimeError) as e:  # a full disk is a RuntimeError of torch.save
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         reason = str(e).splitlines()[0]
         raise Fault(f"cannot write {path}: {reason}; what was there before is intact")
 
@@ -811,14 +810,11 @@ def save_log(path, rows):
         table.writerows(rows)
 
 def save_checkpoint(out, script, cfg, log, **state):
-    """ckpt.pt and log.csv of a run. Raises Fault; KeyboardInterrupt after a Ctrl-C."""
+    """ckpt.pt and log.csv of a run. Raises Fault."""
     made = dict(script=script, format=FORMAT, config=asdict(cfg), log=log.rows, **state)
     with written_aside(out / "ckpt.pt") as part:
         torch.save(made, part)
     save_log(out / "log.csv", log.rows)
-    if log.interrupted:
-        log.close()
-        raise KeyboardInterrupt
 
 def load_checkpoint(path, script):
     """A checkpoint of this script and of this format; no code in it is run. Raises Fault."""
@@ -861,11 +857,15 @@ class Log:
             signal.signal(number, handler)
 
     def add(self, step, **losses):
-        """Note the losses of a step, scalar tensors. Raises Fault if one is not finite."""
+        """Note the losses of a step, scalar tensors; returns whether Ctrl-C asks for an end.
+
+        Raises Fault if a loss is not finite.
+        """
+        stop = self.interrupted
         self.recent.append(torch.stack([loss.detach() for loss in losses.values()]))
         self.bar.update()
-        if step % 50 and step != self.steps and not self.interrupted:
-            return  # to read the losses more often would stall a GPU
+        if step % 50 and step != self.steps and not stop:
+            return False  # to read the losses more often would stall a GPU
         recent = torch.stack(self.recent).cpu()  # (steps since the last row, losses)
         broken = ~recent.isfinite()
         if broken.any():
@@ -879,6 +879,9 @@ class Log:
         self.rows.append({"step": step, **means, "seconds": seconds})
         self.bar.set_postfix({name: f"{v:.4f}" for name, v in means.items()})
         self.recent = []
+        if stop:
+            self.close()
+        return stop
 
 def write_results(out, script, cfg, device, dataset, rows, began, **more):
     """results.json: what was run, on what, and the rows of its table; strict JSON."""
@@ -942,7 +945,7 @@ def save_sheet(path, videos):
         rows.append((label, video[0, there]))
     save_pages(path, [sheet(rows, shown, scale=max(1, 64 // video.shape[-1]))])
 
-def save_gif(path, videos, width=64, ms=80):
+def save_gif(path, videos, width=96, ms=80):
     """The first four clips of each kind beside each other; a shorter one rests at its end."""
     pages = []
     for frame in range(max(video.shape[1] for video in videos.values())):

@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT))  # so that plain `pytest` finds the scripts
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import common
 
@@ -31,6 +32,17 @@ torch.set_num_threads(1)  # a plugin may have imported it before the line above
 rendered = functools.cache(common.render)  # the same worlds for every run in this process
 
 
+@pytest.fixture(autouse=True)
+def undisturbed():
+    """Ctrl-C raises, as it does not in a job in the background; no bar or handler stays behind."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    tqdm._instances.clear()  # of a run that failed; they would move the bars of the next one
+
+
 @pytest.fixture
 def runner(monkeypatch, tmp_path, capsys):
     """runner(script) -> run(*flags, tiny=True) -> (exit status, stdout, stderr).
@@ -39,8 +51,6 @@ def runner(monkeypatch, tmp_path, capsys):
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "render", rendered)
-    # A job in the background ignores Ctrl-C.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def of(script):
         def run(*flags, tiny=True):
@@ -56,8 +66,7 @@ def runner(monkeypatch, tmp_path, capsys):
 
         return run
 
-    yield of
-    signal.signal(signal.SIGINT, handler)
+    return of
 
 
 @pytest.fixture(scope="session")
@@ -75,3 +84,40 @@ def finished(tmp_path_factory):
         return cwd, done
 
     return of
+
+
+def refused(result, *says):
+    """That a run ended with exit status 2 and one clear line, that has these texts."""
+    status, _, err = result
+    lines = [line.split("\r")[-1] for line in err.split("\n")]  # of a bar what is left in the end
+    lines = [line for line in lines if line.strip()]
+    assert status == 2 and len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    for text in says:
+        assert text in lines[0]
+
+
+def content(folder):
+    """All files below a folder, by name."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            found[path.relative_to(folder).as_posix()] = path.read_bytes()
+    return found
+
+
+def tensors(value, path=()):
+    """Every tensor of a checkpoint, by where it stands."""
+    if torch.is_tensor(value):
+        return {path: value}
+    found = {}
+    if isinstance(value, (dict, list, tuple)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            found |= tensors(part, (*path, key))
+    return found
+
+
+def same_weights(a, b):
+    """Whether two runs have learned the same, and their optimizers too, bit for bit."""
+    a, b = (tensors(torch.load(out / "ckpt.pt", weights_only=True)) for out in (a, b))
+    return len(a) > 10 and a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())

@@ -57,7 +57,7 @@ def biflow_run(folder, device):
 
 
 def starts(cfg, test, device):
-    first, _ = biflow.first_frames(test, cfg.streams, cfg.seed)
+    first, _ = biflow.first_frames(test, cfg.streams, 1, cfg.seed)
     return to_float(first).to(device)
 
 
@@ -65,30 +65,54 @@ def starts(cfg, test, device):
 
 
 def biflow_table(args):
-    """Tabs. 1 and 2 of several runs (one a seed), from their results.json."""
+    """Tab. 1 of several runs, one a seed, from their results.json."""
     results = []
     for folder in args.runs:
         results.append(json.loads((Path(folder) / "results.json").read_text(encoding="utf-8")))
-    for solver, title in (("heun", "Adaptive Heun"), ("euler", "Euler, 20 steps")):
-        tables = [[r for r in run["rows"] if r["solver"] == solver] for run in results]
-        rows = []
-        for k in range(len(tables[0])):
-            of_seeds = [table[k] for table in tables]
-            name = of_seeds[0]["method"]
-            if solver == "euler" and name.startswith("BI-FLOW"):
-                name = "BI-FLOW as reported"
-            keys = ("fvd", "nfe", "fvd_first", "fvd_last", "slope", "floor")
-            rows.append([name, *(over_seeds(of_seeds, key) for key in keys)])
-        if solver == "heun":
-            reported = []
-            for run, table in zip(results, tables):
-                reported += [r for r in table if r["eps"] == run["reported_eps"]]
-            rows.append(["BI-FLOW as reported", *(over_seeds(reported, key) for key in keys)])
-        print(f"\n{title}\n")
-        heads = ["", "distance", "evaluations", "first window", "last window", "slope", "floor"]
-        print(markdown(heads, rows))
+    keys = ("fvd", "nfe", "fvd_first", "fvd_last", "slope", "floor")
+    rows = []
+    for k, row in enumerate(results[0]["rows"]):
+        of_seeds = [run["rows"][k] for run in results]
+        rows.append([row["method"], *(over_seeds(of_seeds, key) for key in keys)])
+    reported = []
+    for run in results:
+        reported += [row for row in run["rows"] if row["eps"] == run["reported_eps"]]
+    rows.append(["BI-FLOW as reported", *(over_seeds(reported, key) for key in keys)])
+    heads = ["", "distance", "evaluations", "first window", "last window", "slope", "floor"]
+    print(markdown(heads, rows))
     print("\neps as reported:", " / ".join(f"{run['reported_eps']:g}" for run in results),
           "| seconds:", " / ".join(f"{run['wall_s']:.0f}" for run in results))
+
+
+@torch.no_grad()
+def solve_euler(field, x, args=(), steps=20):
+    """Euler with equal steps; arguments and returns as solve_heun."""
+    for i in range(steps):
+        k = biflow.per_sample(i / steps, x)
+        x = x + field(x, k, *args) / steps
+    count = torch.full((len(x),), steps, device=x.device)
+    return x, count, count
+
+
+def biflow_euler(args):
+    """Tab. 2: all methods at 20 evaluations a frame, BI-FLOW at the eps its run reported."""
+    rows = {}
+    for folder in args.runs:
+        nets, cfg, _, test, results = biflow_run(folder, args.device)
+        x = starts(cfg, test, args.device)
+        reference = own_features(biflow.real_clips(test, 1024, cfg.seed).to(args.device))
+        for method, eps in (("flow", None), ("condiff", None), ("biflow", results["reported_eps"])):
+            step = biflow.make_step(method, nets[method], eps, solve_euler)
+            video = biflow.roll(step, x, cfg.frames, cfg.seed, method)[0]
+            curve, slope = biflow.distances(video, reference, args.device)
+            found = dict(fvd=float(np.mean(curve)), fvd_last=curve[-1], slope=slope)
+            rows.setdefault(biflow.NAMES[method], []).append(found)
+    paper = {"FLOW": 2109, "CONDIFF": 994, "BI-FLOW": 491}
+    table = []
+    for name, of_seeds in rows.items():
+        cells = [over_seeds(of_seeds, key) for key in ("fvd", "fvd_last", "slope")]
+        table.append([name, *cells, paper[name]])
+    print(markdown(["Euler, 20 steps", "distance", "last window", "slope", "paper: FVD"], table))
 
 
 def biflow_counts(args):
@@ -145,8 +169,7 @@ def train_and_show(args, cfg, nets, train, test):
     common.write_results(out, "biflow", cfg, device, {"name": args.part}, rows, began,
                          iters=cfg.iters, reported_eps=biflow.best_eps(rows))
     print(f"\n{args.part}, seed {cfg.seed}, {cfg.iters} steps\n")
-    print(common.table([r for r in rows if r["solver"] == "heun"], biflow.COLUMNS))
-    print(common.table([r for r in rows if r["solver"] == "euler"], biflow.COLUMNS))
+    print(common.table(rows, biflow.COLUMNS))
 
 
 def biflow_one(args):
@@ -400,6 +423,7 @@ def mazes(rng, size, frames, tan=0.9):
 
 PARTS = {
     "biflow-table": biflow_table,
+    "biflow-euler": biflow_euler,
     "biflow-counts": biflow_counts,
     "biflow-one": biflow_one,
     "biflow-wind": biflow_wind,

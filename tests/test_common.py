@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -406,9 +407,7 @@ def half(data, path):
 
 
 def log_of(*rows):
-    log = common.Log(100, 0)
-    log.rows = list(rows)
-    return log
+    return SimpleNamespace(rows=list(rows))
 
 
 @pytest.mark.parametrize("where, what", [
@@ -511,6 +510,27 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(value):
             log.add(step, first=torch.tensor(1.0), second=second)
 
 
+def test_a_log_notes_one_ctrl_c_stops_at_the_second_and_restores_the_handlers():
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    log = common.Log(100)
+    assert not log.interrupted
+    signal.raise_signal(signal.SIGTERM)
+    assert log.interrupted
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    log.close()
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_after_a_ctrl_c_the_log_says_stop_and_has_all_losses():
+    log = common.Log(100)
+    for step in (1, 2):
+        assert not log.add(step, loss=torch.tensor(float(step)))
+    signal.raise_signal(signal.SIGINT)
+    assert log.add(3, loss=torch.tensor(3.0))
+    assert [(row["step"], row["loss"]) for row in log.rows] == [(3, 2.0)]
+
+
 def test_a_table_of_losses_is_csv(tmp_path):
     common.save_log(tmp_path / "log.csv", [dict(step=1, loss=0.5), dict(step=2, loss=0.25)])
     with open(tmp_path / "log.csv", newline="") as file:
@@ -564,28 +584,43 @@ def test_a_sheet_shows_every_frame_at_its_place():
     assert page.getpixel((50 + 2 * 18 + 8, 16 + 18 + 8)) == (255, 255, 255)  # that row is shorter
 
 
-def test_clips_are_shown_to_the_end_and_a_shorter_one_rests_on_its_last_frame(tmp_path):
-    long = torch.cat([plain(11, 16, 0, 0, 200), plain(1, 16, 0, 200, 0)])[None]
-    short = torch.cat([plain(2, 16, 200, 0, 0), plain(1, 16, 0, 0, 0)])[None]
-    common.save_pictures(tmp_path, {"long": long, "short": short})
-    pages = pages_of(tmp_path / "samples.gif")
-    assert len(pages) == 12
-    places = [(90 + 32, 16 + 32), (90 + 32, 16 + 66 + 32)]  # of both clips, scaled to 64 pixels
-    seen = [[page.getpixel(at).index(max(page.getpixel(at))) for at in places]
-            for page in (pages[0], pages[11])]
-    assert seen == [[2, 0], [1, 0]]
-    assert pages[1].getpixel(places[1])[0] > 150 and max(pages[11].getpixel(places[1])) < 30
+def strongest(colour):
+    """Which of red, green and blue a colour has most of."""
+    return colour.index(max(colour))
+
+
+BLUE_THEN_GREEN = torch.cat([plain(40, 16, 0, 0, 200), plain(1, 16, 0, 200, 0)])[None]
+RED_THEN_BLACK = torch.cat([plain(2, 16, 200, 0, 0), plain(1, 16, 0, 0, 0)])[None]
+VIDEOS = {"long": BLUE_THEN_GREEN, "short": RED_THEN_BLACK}
+
+
+def test_the_sheet_of_a_run_shows_every_kind_from_its_first_frame_to_its_last(tmp_path):
+    common.save_sheet(tmp_path / "sheet.png", VIDEOS)
     with Image.open(tmp_path / "sheet.png") as page:
-        assert page.size[1] == 16 + 2 * 66 and page.getpixel(places[0]) == (0, 0, 200)
+        assert page.size[1] == 16 + 2 * 66  # 16 pixels are shown as 64
+        found = [page.getpixel((90 + 66 * k + 32, 16 + 66 * row + 32))
+                 for row in (0, 1) for k in (0, 9)]
+    white = (255, 255, 255)  # the second kind has no such frame
+    assert found == [(0, 0, 200), (0, 200, 0), (200, 0, 0), white]
 
 
-def test_side_by_side_the_first_clip_of_each_kind_is_shown(tmp_path):
-    blue, red = plain(3, 16, 0, 0, 200), plain(3, 16, 200, 0, 0)
-    common.save_side_by_side(tmp_path / "a.gif", {"blue": blue[None], "red": red[None]})
+def test_the_gif_of_a_run_shows_all_frames_and_a_shorter_kind_rests_on_its_last(tmp_path):
+    common.save_gif(tmp_path / "a.gif", VIDEOS, width=64)
     pages = pages_of(tmp_path / "a.gif")
-    assert len(pages) == 3
-    colours = [pages[2].getpixel((x, 100)) for x in (2 + 96, 2 + 194 + 96)]
-    assert [colour.index(max(colour)) for colour in colours] == [2, 0]
+    assert len(pages) == 41
+    left, right = (2 + 32, 16 + 32), (2 + 66 + 32, 16 + 32)
+    assert [strongest(pages[k].getpixel(left)) for k in (0, 39, 40)] == [2, 2, 1]
+    assert strongest(pages[1].getpixel(right)) == 0
+    assert max(pages[40].getpixel(right)) < 30
+
+
+def test_the_gif_of_a_run_shows_four_clips_of_every_kind_that_has_them(tmp_path):
+    videos = {"many": BLUE_THEN_GREEN.expand(5, -1, -1, -1, -1), "one": RED_THEN_BLACK}
+    common.save_gif(tmp_path / "a.gif", videos, width=64)
+    page = pages_of(tmp_path / "a.gif")[0]
+    assert page.size == (2 + 2 * 66, 16 + 4 * 66)
+    assert strongest(page.getpixel((2 + 32, 16 + 3 * 66 + 32))) == 2
+    assert min(page.getpixel((2 + 66 + 32, 16 + 3 * 66 + 32))) > 240
 
 
 # --- of the other three scripts alone -------------------------------------------------------------
