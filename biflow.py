@@ -658,7 +658,7 @@ def main():
     common.write_results(
         out, "biflow", cfg, device, dataset, rows, began, iters=steps, reported_eps=eps)
     common.save_sheet(out / "sheet.png", videos)
-    common.save_gif(out / "samples.gif", videos)
+    common.save_gif(out / "samples.gif", videos, every=2)
     print(f"\nTab. 1: adaptive Heun, tolerance {cfg.tol:g}")
     print(common.table(rows, COLUMNS))
     print(f"\nBI-FLOW as reported: eps {eps:g}, the lowest mean distance of its noise levels")

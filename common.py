@@ -945,10 +945,10 @@ def save_sheet(path, videos):
         rows.append((label, video[0, there]))
     save_pages(path, [sheet(rows, shown, scale=max(1, 64 // video.shape[-1]))])
 
-def save_gif(path, videos, width=96, ms=80):
+def save_gif(path, videos, width=96, every=1, ms=80):
     """The first four clips of each kind beside each other; a shorter one rests at its end."""
     pages = []
-    for frame in range(max(video.shape[1] for video in videos.values())):
+    for frame in range(0, max(video.shape[1] for video in videos.values()), every):
         rows = []
         for i in range(min(4, max(len(video) for video in videos.values()))):
             there = [video for video in videos.values() if i < len(video)]

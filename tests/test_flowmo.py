@@ -294,7 +294,7 @@ def test_a_run_writes_all_and_repeats_its_numbers(run, tmp_path):
     evals = {r["method"]: r["evaluations"] for r in rows}
     assert evals["base"] == 4 and evals["flowmo"] == evals["steps"] == 8 and evals["flowmo-norefresh"] == 6
     status, _, err = run("--out_dir", "a", "--eval_only", "--iters", 3)
-    assert status == 2 and "has 4 steps of stage train, not 3" in err
+    assert status == 2 and "--iters 3: the run in a was trained with 4" in err
     assert run("--out_dir", "a", "--methods", "flowmo", "--eval_only")[0] == 0
     assert numbers(tmp_path / "a")[0]["coherent_ci"] is None  # a cost and a difference need base
     assert run("--out_dir", "a", "--methods", "base,flowmo", "--eval_only")[0] == 0
