@@ -61,7 +61,7 @@ class Config:
     compile: bool = opt(False, "torch.compile the networks", free=True)
     amp: bool = opt(False, "bfloat16 autocast inside the networks")
     seed: int = opt(0, "of weights, data, noise and first frames", 0, 2**31)
-    iters: int = opt(2000, "training steps", 1, 10**8)
+    iters: int = opt(2500, "training steps", 1, 10**8)
     batch: int = opt(16, "pairs of frames in a batch", 1, 65536)
     size: int = opt(32, "height and width of a frame, pixels", 16, 1024)
     clips: int = opt(1000, "training clips of the procedural world, 32 frames each", 2, 10**6)

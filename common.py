@@ -917,8 +917,9 @@ def sheet(rows, heads, scale=2, left=90):
     page = Image.new("RGB", (left + columns * (size + 2), 16 + len(rows) * (size + 2)), "white")
     draw = ImageDraw.Draw(page)
     font = ImageFont.load_default(11)
+    small = ImageFont.load_default(9)
     for k, head in enumerate(heads):
-        draw.text((left + k * (size + 2), 1), str(head), "black", font)
+        draw.text((left + k * (size + 2), 2), str(head), "black", small)
     for r, (label, frames) in enumerate(rows):
         top = 16 + r * (size + 2)
         draw.multiline_text((2, top + 2), label, "black", font)
@@ -945,7 +946,7 @@ def save_sheet(path, videos):
         rows.append((label, video[0, there]))
     save_pages(path, [sheet(rows, shown, scale=max(1, 64 // video.shape[-1]))])
 
-def save_gif(path, videos, width=96, every=1, ms=80):
+def save_gif(path, videos, width=64, every=1, ms=80):
     """The first four clips of each kind beside each other; a shorter one rests at its end."""
     pages = []
     for frame in range(0, max(video.shape[1] for video in videos.values()), every):
