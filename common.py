@@ -132,10 +132,11 @@ def run(main):
     try:
         main()
     except (Fault, FloatingPointError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        tqdm.write(f"error: {e}", file=sys.stderr)  # on a line of its own, whatever bar is there
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; what was saved before is intact: --resume goes on", file=sys.stderr)
+        text = "interrupted; what was saved before is intact: --resume goes on"
+        tqdm.write(text, file=sys.stderr)
         sys.exit(130)
 
 def pick_device(name):

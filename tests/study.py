@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -198,6 +200,40 @@ def biflow_mazes(args):
     train = common.render("mazes", "train", cfg.clips, cfg.size, biflow.WINDOW, cfg.seed)
     test = common.render("mazes", "test", 256, cfg.size, biflow.WINDOW, cfg.seed)
     train_and_show(args, cfg, biflow.build(cfg), train, test)
+
+
+def biflow_twice(args):
+    """CONDIFF alone, trained for --iters steps (0: twice as many as biflow.py), on the same draws.
+
+    The methods share no weight, so this is the CONDIFF that `biflow.py --iters N` would give.
+    """
+    cfg = biflow.Config(seed=args.seed)
+    cfg = replace(cfg, iters=args.iters or 2 * cfg.iters)
+    clips, test, _ = common.load_clips(
+        "sky", "", cfg.size, (cfg.clips, 256), biflow.WINDOW, cfg.seed)
+    net = biflow.build(cfg)["condiff"].to(args.device)
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
+    optimizer = torch.optim.AdamW(net.parameters(), cfg.lr)
+    batches = common.Batches(clips, cfg.batch, 2, cfg.seed)
+    for step in tqdm(range(1, cfg.iters + 1)):
+        x0, x1 = to_float(batches[step - 1].to(args.device)).unbind(1)
+        _, alpha, n = biflow.draw(cfg.seed, step, x0)
+        loss = biflow.condiff_loss(net, x0, x1, alpha, n).mean()
+        optimizer.param_groups[0]["lr"] = biflow.learning_rate(cfg, step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        average.update_parameters(net)
+    reference = own_features(biflow.real_clips(test, 1024, cfg.seed).to(args.device))
+    rows = []
+    for name, solve in (("Heun", solve_heun), ("Euler, 20 steps", solve_euler)):
+        step = biflow.make_step("condiff", average.module.eval(), None, solve)
+        video, nfe, _ = biflow.roll(step, starts(cfg, test, args.device), cfg.frames, cfg.seed, name)
+        curve, slope = biflow.distances(video, reference, args.device)
+        rows.append([name, float(np.mean(curve)), nfe, curve[-1], slope])
+    print(f"\nCONDIFF, seed {cfg.seed}, {cfg.iters} steps\n")
+    print(markdown(["solver", "distance", "evaluations", "last window", "slope"], rows))
 
 
 def biflow_deciles(args):
@@ -425,6 +461,7 @@ PARTS = {
     "biflow-table": biflow_table,
     "biflow-euler": biflow_euler,
     "biflow-counts": biflow_counts,
+    "biflow-twice": biflow_twice,
     "biflow-one": biflow_one,
     "biflow-wind": biflow_wind,
     "biflow-mazes": biflow_mazes,
