@@ -105,7 +105,7 @@ def biflow_euler(args):
         reference = own_features(biflow.real_clips(test, 1024, cfg.seed).to(args.device))
         for method, eps in (("flow", None), ("condiff", None), ("biflow", results["reported_eps"])):
             step = biflow.make_step(method, nets[method], eps, solve_euler)
-            video = biflow.roll(step, x, cfg.frames, cfg.seed, method)[0]
+            video = biflow.roll(step, x, cfg.frames or 128, cfg.seed, method)[0]
             curve, slope = biflow.distances(video, reference, args.device)
             found = dict(fvd=float(np.mean(curve)), fvd_last=curve[-1], slope=slope)
             rows.setdefault(biflow.NAMES[method], []).append(found)
@@ -229,7 +229,7 @@ def biflow_twice(args):
     rows = []
     for name, solve in (("Heun", solve_heun), ("Euler, 20 steps", solve_euler)):
         step = biflow.make_step("condiff", average.module.eval(), None, solve)
-        video, nfe, _ = biflow.roll(step, starts(cfg, test, args.device), cfg.frames, cfg.seed, name)
+        video, nfe, _ = biflow.roll(step, starts(cfg, test, args.device), 128, cfg.seed, name)
         curve, slope = biflow.distances(video, reference, args.device)
         rows.append([name, float(np.mean(curve)), nfe, curve[-1], slope])
     print(f"\nCONDIFF, seed {cfg.seed}, {cfg.iters} steps\n")
@@ -349,8 +349,8 @@ def biflow_fvd(args):
         rows = []
         for method, eps in (("flow", None), ("condiff", None), ("biflow", results["reported_eps"])):
             step = biflow.make_step(method, nets[method], eps, solve_heun)
-            video = biflow.roll(step, x, cfg.frames, cfg.seed, method)[0]
-            clips = video[:, :cfg.frames // length * length].unflatten(1, (-1, length)).flatten(0, 1)
+            video = biflow.roll(step, x, cfg.frames or 128, cfg.seed, method)[0]
+            clips = video[:, :video.shape[1] // length * length].unflatten(1, (-1, length)).flatten(0, 1)
             rows.append([biflow.NAMES[method], frechet(features(clips.to(args.device)), reference)])
         print(markdown([f"{folder}", f"FVD by {args.features}"], rows))
 
