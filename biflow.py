@@ -14,7 +14,7 @@ streams along both at once.
     Eq. 8   jointly   dx = [ f_v dt/dk + f_n da/dk ] dk           along a curve (t, a)(k)
     Eq. 9             x^i = Solve(x^{i-1} + eps n)                on the line (0, eps) -> (1, 0)
 
-    python biflow.py --dataset sky                 # train and compare; TIME on two CPU cores
+    python biflow.py --dataset sky                 # train and compare; 20 minutes on one slow core
     python biflow.py --dataset sky --eval_only     # compare again, from the checkpoint
     python biflow.py --first photo.jpg             # continue your picture; needs no training
 

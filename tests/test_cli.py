@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import biflow
 import common
@@ -213,6 +214,7 @@ def test_resumed_it_ends_as_if_nothing_had_been(run, whole, tmp_path):
 def test_resumed_before_the_first_save_it_starts_again(run, whole, tmp_path):
     assert interrupted(run, 1, times=2)[0] == 130
     assert content(tmp_path / "o").keys() == {"config.json"}
+    tqdm._instances.clear()  # the bar of the run that was cut off
     refused(run("--out_dir", "o", "--eval_only", tiny=False), "ckpt.pt is not there", "--resume")
     train_on(run)
     assert same_weights(tmp_path / "o", whole)
