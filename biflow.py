@@ -447,8 +447,9 @@ def train(cfg, nets, clips, out, device):
         biflow_n = biflow_n.mean()
 
         optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
+        loss = flow + condiff + biflow_v + biflow_n  # the methods share no weight
         optimizer.zero_grad()
-        (flow + condiff + biflow_v + biflow_n).backward()  # the methods share no weight
+        loss.backward()
         for net in nets.values():
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
