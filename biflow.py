@@ -423,16 +423,10 @@ def train(cfg, nets, clips, out, device):
     """All methods side by side, on the same frames, clocks and noise. Returns averaged networks."""
     average = AveragedModel(nets, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
     optimizer = torch.optim.AdamW(nets.parameters(), cfg.lr, fused=device.type != "mps")
-    start = 0
-    rows = []
-    if cfg.resume and (out / "ckpt.pt").exists():
-        saved = common.load_checkpoint(out / "ckpt.pt", "biflow")
-        nets.load_state_dict(saved["nets"])
-        average.load_state_dict(saved["average"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start = saved["step"]
-        rows = saved["log"]
-    log = common.Log(cfg.iters, start, rows)
+    saved = common.restore(
+        out / "ckpt.pt", "biflow", cfg, nets=nets, average=average, optimizer=optimizer)
+    start = saved["step"]
+    log = common.Log(cfg.iters, start, saved["log"])
     if cfg.compile:
         compile_all(nets)
 

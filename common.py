@@ -84,8 +84,9 @@ def parse_args(script, Config, presets, doc, argv=None):
     else:
         preset = given.get("preset", "auto")
         if preset == "auto":
+            trains = given.get("train", not hasattr(Config, "train"))  # else a shipped, tiny model
             on_gpu = torch.cuda.is_available() and given.get("device") != "cpu"
-            preset = "small" if on_gpu else "tiny"
+            preset = "small" if on_gpu and trains else "tiny"
         if preset not in presets:
             raise Fault(f"--preset {preset}: unknown; choose one of {', '.join(presets)}")
         cfg = Config(**{**presets[preset], **given, "preset": preset})
@@ -683,6 +684,30 @@ def like(s, x):
     s = torch.as_tensor(s, dtype=x.dtype, device=x.device)
     return s.view(-1, *[1] * (x.ndim - 1))
 
+def edm_weight(sigma, data=1.0):
+    """lambda(sigma), (B,): EDM (Karras et al. 2022), Tab. 1. data: the deviation of the data."""
+    return (sigma**2 + data**2) / (sigma * data) ** 2
+
+def karras_sigmas(steps, low=0.002, high=80.0, rho=7.0):
+    """Noise levels of a sampler, from high to low, then 0: (steps + 1,). EDM Eq. 5."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    return torch.cat([levels, torch.zeros(1)]).float()
+
+def sample_edm(denoise, x, sigmas, heun=True):
+    """EDM's deterministic sampler, Algorithm 1: x = sigmas[0] n (B, ...) -> x at sigmas[-1].
+
+    denoise(x, sigma (B,)) -> D(x; sigma). Heun takes two evaluations a step, but one for the last.
+    """
+    for now, then in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
+        slope = (x - denoise(x, x.new_full((len(x),), now))) / now  # dx/dsigma, EDM Eq. 3
+        if heun and then > 0:
+            euler = x + (then - now) * slope
+            slope_then = (euler - denoise(euler, x.new_full((len(x),), then))) / then
+            slope = (slope + slope_then) / 2
+        x = x + (then - now) * slope
+    return x
+
 # ---------------------------------------- distance
 
 def energy(x):
@@ -810,17 +835,19 @@ def save_log(path, rows):
         table.writeheader()
         table.writerows(rows)
 
-def save_checkpoint(out, script, cfg, log, **state):
-    """ckpt.pt and log.csv of a run. Raises Fault."""
+def save_checkpoint(out, script, cfg, log, name="ckpt", **state):
+    """NAME.pt of a run, and its losses: log.csv, or log-NAME.csv of an earlier stage. Raises Fault."""
     made = dict(script=script, format=FORMAT, config=asdict(cfg), log=log.rows, **state)
-    with written_aside(out / "ckpt.pt") as part:
+    with written_aside(out / f"{name}.pt") as part:
         torch.save(made, part)
-    save_log(out / "log.csv", log.rows)
+    table = "log.csv" if name == "ckpt" else f"log-{name}.csv"
+    save_log(out / table, log.rows)
 
 def load_checkpoint(path, script):
     """A checkpoint of this script and of this format; no code in it is run. Raises Fault."""
     if not path.exists():
-        raise Fault(f"{path} is not there: the run was stopped before it was saved; --resume it")
+        raise Fault(f"{path} is not there: no such model, or a run that was stopped before its first "
+                    "save, which --resume does again")
     try:
         made = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # truncated, garbage, a pickle with code: each raises something else
@@ -828,6 +855,18 @@ def load_checkpoint(path, script):
                     "another --out_dir")
     check_made(path, made, script)
     return made
+
+def restore(path, script, cfg, **parts):
+    """With --resume, the state of networks and optimisers, and all that was saved with it.
+
+    Else, or if there is no such file yet, what a training starts from. Raises Fault.
+    """
+    if not cfg.resume or not path.exists():
+        return dict(step=0, log=[])
+    saved = load_checkpoint(path, script)
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    return saved
 
 class Log:
     """The losses of a training: a progress bar; means over 50 steps as rows of log.csv.
@@ -1326,10 +1365,6 @@ def normalise(clips, moments):
     mean, std = moments
     return ((to_float(clips) - mean) / std).transpose(1, 2)
 
-def edm_weight(sigma, data=1.0):
-    """lambda(sigma), (B,): EDM (Karras et al. 2022), Tab. 1. data: the deviation of the data."""
-    return (sigma**2 + data**2) / (sigma * data) ** 2
-
 def edm_denoise(network, x, sigma, data=1.0):
     """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM Eq. 7; sigma (B,).
 
@@ -1341,26 +1376,6 @@ def edm_denoise(network, x, sigma, data=1.0):
     c_in = 1 / total
     c_noise = sigma.log() / 4
     return like(c_skip, x) * x + like(c_out, x) * network(like(c_in, x) * x, c_noise)
-
-def karras_sigmas(steps, low=0.002, high=80.0, rho=7.0):
-    """Noise levels of a sampler, from high to low, then 0: (steps + 1,). EDM Eq. 5."""
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-    return torch.cat([levels, torch.zeros(1)]).float()
-
-def sample_edm(denoise, x, sigmas, heun=True):
-    """EDM's deterministic sampler, Algorithm 1: x = sigmas[0] n (B, ...) -> x at sigmas[-1].
-
-    denoise(x, sigma (B,)) -> D(x; sigma). Heun takes two evaluations a step, but one for the last.
-    """
-    for now, then in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
-        slope = (x - denoise(x, x.new_full((len(x),), now))) / now  # dx/dsigma, EDM Eq. 3
-        if heun and then > 0:
-            euler = x + (then - now) * slope
-            slope_then = (euler - denoise(euler, x.new_full((len(x),), then))) / then
-            slope = (slope + slope_then) / 2
-        x = x + (then - now) * slope
-    return x
 
 # The worlds of the robot and of general motion, already plain.
 

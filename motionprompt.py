@@ -189,79 +189,121 @@ def prompted(denoise, null, rho):
 def correlation(a, b):
     """All pairs: features (N, C, H, W) twice -> (N H W, 1, H, W), scaled by 1 / sqrt(C)."""
     N, C, H, W = a.shape
-    return (a.flatten(2).transpose(1, 2) @ b.flatten(2) / C**0.5).reshape(N * H * W, 1, H, W)
+    dots = a.flatten(2).transpose(1, 2) @ b.flatten(2)  # (N, H W, H W)
+    return (dots / C**0.5).reshape(N * H * W, 1, H, W)
 
 def look_up(pyramid, at, radius=3):
-    """Correlations around `at` (N, 2, H, W), pixels of level 0, of every level: (N, levels (2 radius + 1)^2, H, W)."""
+    """Correlations of every level around `at` (N, 2, H, W), in pixels of level 0.
+
+    Returns (N, levels (2 radius + 1)^2, H, W).
+    """
     N, _, H, W = at.shape
     step = torch.arange(-radius, radius + 1, device=at.device, dtype=at.dtype)
-    window = torch.stack(torch.meshgrid(step, step, indexing="xy"), -1)  # (2r+1, 2r+1, 2), x then y
+    window = torch.stack(torch.meshgrid(step, step, indexing="xy"), -1)  # (2r+1, 2r+1, 2): x, y
     found = []
     for level, corr in enumerate(pyramid):
         h, w = corr.shape[-2:]
-        p = ((at + 0.5) / 2**level - 0.5).permute(0, 2, 3, 1).reshape(-1, 1, 1, 2) + window
-        grid = torch.stack([(2 * p[..., 0] + 1) / w - 1, (2 * p[..., 1] + 1) / h - 1], -1)
-        found.append(F.grid_sample(corr, grid, align_corners=False).view(N, H, W, -1))  # outside: 0
+        centre = (at + 0.5) / 2**level - 0.5  # in pixels of this level
+        p = centre.permute(0, 2, 3, 1).reshape(-1, 1, 1, 2) + window  # (N H W, 2r+1, 2r+1, 2)
+        grid_x = (2 * p[..., 0] + 1) / w - 1
+        grid_y = (2 * p[..., 1] + 1) / h - 1
+        grid = torch.stack([grid_x, grid_y], -1)
+        near = F.grid_sample(corr, grid, align_corners=False)  # outside: 0
+        found.append(near.view(N, H, W, -1))
     return torch.cat(found, -1).permute(0, 3, 1, 2)
 
 def upsample(flow, mask):
-    """Convex upsampling by 2: every fine flow is a mean of the 3x3 coarse ones, weights softmax(mask (N, 36, H, W))."""
+    """Convex upsampling by 2: each fine flow is a mean of the 3x3 coarse ones around it.
+
+    The weights are softmax(mask), mask (N, 36, H, W).
+    """
     N, _, H, W = flow.shape
     weight = mask.view(N, 1, 9, 2, 2, H, W).softmax(2)
-    near = F.unfold(F.pad(2 * flow, (1, 1, 1, 1), mode="replicate"), 3).view(N, 2, 9, 1, 1, H, W)
-    return (weight * near).sum(2).permute(0, 1, 4, 2, 5, 3).reshape(N, 2, 2 * H, 2 * W)
+    padded = F.pad(2 * flow, (1, 1, 1, 1), mode="replicate")
+    near = F.unfold(padded, 3).view(N, 2, 9, 1, 1, H, W)
+    fine = (weight * near).sum(2)  # (N, 2, 2, 2, H, W): x or y, row, column within a cell
+    return fine.permute(0, 1, 4, 2, 5, 3).reshape(N, 2, 2 * H, 2 * W)
 
 class Encoder(nn.Module):
-    """Image (N, 3, H, W) -> features (N, cout, H/2, W/2)."""
-    def __init__(self, cout, normal):
+    """Image (N, 3, H, W) -> features (N, channels, H/2, W/2)."""
+
+    def __init__(self, channels, norm):
         super().__init__()
-        layer = lambda a, b, k=3, s=1: nn.Sequential(nn.Conv2d(a, b, k, s, k // 2), normal(b), nn.ReLU())
-        self.one, self.two, self.three = layer(3, 16), layer(16, 32, 3, 2), layer(32, 32)
-        self.out = nn.Conv2d(32, cout, 1)
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm1 = norm(16)
+        self.conv2 = nn.Conv2d(16, 32, 3, 2, padding=1)
+        self.norm2 = norm(32)
+        self.conv3 = nn.Conv2d(32, 32, 3, padding=1)
+        self.norm3 = norm(32)
+        self.out = nn.Conv2d(32, channels, 1)
+
     def forward(self, x):
-        x = self.two(self.one(x))
-        return self.out(x + self.three(x))
+        x = F.relu(self.norm1(self.conv1(x)))
+        x = F.relu(self.norm2(self.conv2(x)))
+        x = x + F.relu(self.norm3(self.conv3(x)))
+        return self.out(x)
 
 class TinyRAFT(nn.Module):
-    """RAFT (Teed and Deng, ECCV 2020), small: 24 px and up, stride 2, two levels, radius 3, a ConvGRU.
+    """RAFT (Teed and Deng, ECCV 2020), small: stride 2, two levels, radius 3, a ConvGRU.
 
-    image1, image2 (N, 3, H, W) in [-1, 1], H and W even -> flow (N, 2, H, W) in pixels; every=True: of every update.
-    Images above 48 px are made smaller by powers of two first, and their flow larger after.
-    detach: RAFT cuts the gradient through the lookup's coordinates between updates. That trains well, but what autograd
-    then returns is not the gradient of the output (the test compares finite differences): a loss on the flow, which
-    needs the gradient to the images, must not cut it.
+    image1, image2 (N, 3, H, W) in [-1, 1], H and W even, 24 px and up -> flow (N, 2, H, W) in
+    pixels; every=True: of every update. Images above 48 px are made smaller by powers of two
+    first, and their flow larger after.
+
+    detach: RAFT cuts the gradient through the lookup's place between updates. That trains well,
+    but then autograd's gradient to the images is not that of the output (the test compares finite
+    differences). A loss on the flow needs it whole: detach only to train the RAFT itself.
     """
+
     def __init__(self, hidden=32, context=24):
         super().__init__()
         self.hidden = hidden
-        self.features, self.context = Encoder(32, nn.InstanceNorm2d), Encoder(hidden + context, lambda c: nn.Identity())
-        self.motion = nn.Sequential(nn.Conv2d(98 + 2, 48, 1), nn.ReLU(), nn.Conv2d(48, 40, 3, padding=1), nn.ReLU())
-        self.gates = nn.Conv2d(hidden + context + 40 + 2, 2 * hidden, 3, padding=1)
-        self.candidate = nn.Conv2d(hidden + context + 40 + 2, hidden, 3, padding=1)
-        self.head = nn.Sequential(nn.Conv2d(hidden, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 2, 3, padding=1))
+        inputs = hidden + context + 40 + 2
+        self.features = Encoder(32, nn.InstanceNorm2d)
+        self.context = Encoder(hidden + context, nn.Identity)
+        self.motion1 = nn.Conv2d(98 + 2, 48, 1)  # 98: two levels of 7x7
+        self.motion2 = nn.Conv2d(48, 40, 3, padding=1)
+        self.gates = nn.Conv2d(inputs, 2 * hidden, 3, padding=1)
+        self.candidate = nn.Conv2d(inputs, hidden, 3, padding=1)
+        self.head1 = nn.Conv2d(hidden, 48, 3, padding=1)
+        self.head2 = nn.Conv2d(48, 2, 3, padding=1)
         self.mask = nn.Conv2d(hidden, 36, 1)
-    def forward(self, image1, image2, updates=4, detach=False, every=False):
+
+    def forward(self, image1, image2, updates=2, detach=False, every=False):
         size = image1.shape[-2:]
-        k = math.gcd(2 ** max(0, math.ceil(math.log2(max(size) / 48))), size[0] // 2, size[1] // 2)  # size / k is even
-        image1, image2 = (F.avg_pool2d(x, k) if k > 1 else x for x in (image1, image2))  # all pairs: a cost of size^4
-        a, b = F.instance_norm(self.features(torch.cat([image1, image2]))).chunk(2)  # else correlations start near 0
-        pyramid = [correlation(a, b)]
-        pyramid.append(F.avg_pool2d(pyramid[0], 2, ceil_mode=True))
-        net, inp = self.context(image1).split([self.hidden, self.context.out.out_channels - self.hidden], 1)
-        net, inp = net.tanh(), inp.relu()  # hidden state, context
+        halvings = max(0, math.ceil(math.log2(max(size) / 48)))  # all pairs cost size^4
+        shrink = math.gcd(2**halvings, size[0] // 2, size[1] // 2)  # what is left must be even
+        image1 = F.avg_pool2d(image1, shrink)
+        image2 = F.avg_pool2d(image2, shrink)
+
+        features = self.features(torch.cat([image1, image2]))
+        a, b = F.instance_norm(features).chunk(2)  # else correlations start near 0
+        corr = correlation(a, b)
+        pyramid = [corr, F.avg_pool2d(corr, 2, ceil_mode=True)]
+        net, inp = self.context(image1).tensor_split([self.hidden], 1)
+        net = net.tanh()  # the hidden state
+        inp = inp.relu()  # the context
+
         H, W = a.shape[-2:]
-        v, u = torch.meshgrid(torch.arange(H, device=a.device), torch.arange(W, device=a.device), indexing="ij")
-        start = torch.stack([u, v]).to(a.dtype).expand(len(a), -1, -1, -1)
-        flow, flows = torch.zeros_like(start), []
-        for step in range(updates):
-            flow = flow.detach() if detach else flow
-            x = torch.cat([inp, self.motion(torch.cat([look_up(pyramid, start + flow), flow], 1)), flow], 1)
+        column = torch.arange(W, device=a.device).expand(H, W)
+        row = torch.arange(H, device=a.device)[:, None].expand(H, W)
+        start = torch.stack([column, row]).to(a.dtype).expand(len(a), -1, -1, -1)
+        flow = torch.zeros_like(start)
+        flows = []
+        for update in range(updates):
+            if detach:
+                flow = flow.detach()
+            near = look_up(pyramid, start + flow)
+            motion = F.relu(self.motion1(torch.cat([near, flow], 1)))
+            motion = F.relu(self.motion2(motion))
+            x = torch.cat([inp, motion, flow], 1)
             z, r = self.gates(torch.cat([net, x], 1)).sigmoid().chunk(2, 1)
-            net = (1 - z) * net + z * self.candidate(torch.cat([r * net, x], 1)).tanh()
-            flow = flow + self.head(net)
-            if every or step == updates - 1:
+            candidate = self.candidate(torch.cat([r * net, x], 1)).tanh()
+            net = (1 - z) * net + z * candidate
+            flow = flow + self.head2(F.relu(self.head1(net)))
+            if every or update == updates - 1:
                 fine = upsample(flow, self.mask(net))
-                flows.append(k * F.interpolate(fine, size, mode="bilinear") if k > 1 else fine)
+                flows.append(shrink * F.interpolate(fine, size, mode="bilinear"))
         return flows if every else flows[-1]
 
 # ----------------------------------------------------------------------------------------------- networks

@@ -7,7 +7,9 @@ A part prints a table in Markdown; tests/RESULTS.md holds them, each with the co
 matplotlib is an optional extra: pip install matplotlib.
 """
 import argparse
+import copy
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -25,8 +27,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import biflow  # noqa: E402
 import common  # noqa: E402
+import flowloss  # noqa: E402
 from biflow import solve_heun  # noqa: E402
-from common import frechet, make_rng, own_features, to_float, to_uint8  # noqa: E402
+from common import edm_weight, frechet, like, make_rng, own_features, to_float, to_uint8  # noqa: E402
 
 # ---------------------------------------- shared by the parts
 
@@ -43,6 +46,12 @@ def markdown(heads, rows):
 def over_seeds(results, key):
     """The values of several runs with slashes between."""
     return " / ".join("-" if r[key] is None else f"{r[key]:.3g}" for r in results)
+
+
+def commit_here():
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
+                          capture_output=True, check=True)
+    return done.stdout.strip()
 
 
 def biflow_run(folder, device):
@@ -360,9 +369,7 @@ def ship_biflow(args):
     folder = Path(args.runs[0])
     saved = common.load_checkpoint(folder / "ckpt.pt", "biflow")
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
-                            capture_output=True, check=True).stdout.strip()
-    made = dict(command="python " + results["command"], commit=commit, steps=saved["step"],
+    made = dict(command="python " + results["command"], commit=commit_here(), steps=saved["step"],
                 seconds=results["wall_s"], device=results["device"], torch=results["torch"],
                 machine=f"{platform.machine()}, {torch.get_num_threads()} threads")
     average = {}
@@ -373,6 +380,390 @@ def ship_biflow(args):
     with common.written_aside(biflow.SHIPPED) as part:
         torch.save(kept, part)
     print(f"wrote {biflow.SHIPPED}, {biflow.SHIPPED.stat().st_size / 1e6:.2f} MB: {made}")
+
+
+# ---------------------------------------- FlowLoss
+# Shared: a base and a RAFT come from a file that flowloss.load_model reads: the shipped one, or a
+# base.pt. Clips of the robot's world: training ones 0 to 499 of a seed, held-out ones by --clips.
+
+
+def flowloss_base(args):
+    """base.pt of another seed, with the shipped flow estimator: 10,000 steps, 50 minutes on a core."""
+    raft, _, _ = flowloss.load_model(flowloss.SHIPPED, args.device)
+    cfg = flowloss.Config(seed=args.seed, resume=True)
+    if args.iters:
+        cfg.base_iters = args.iters
+    out = Path(args.out) / f"flowloss-base-{args.seed}"
+    flowloss.train_base(cfg, raft, out, torch.device(args.device))
+    print(f"wrote {out / 'base.pt'}")
+
+
+def dis_flow(video):
+    """OpenCV's DIS flow of videos uint8 (N, T, 3, H, W), frames enlarged 8x: (N, T - 1, 2, H, W)."""
+    import cv2
+
+    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    size = video.shape[-1]
+    found = []
+    for clip in video.cpu().permute(0, 1, 3, 4, 2).numpy():
+        grey = []
+        for frame in clip:
+            large = cv2.resize(frame, (8 * size, 8 * size), interpolation=cv2.INTER_CUBIC)
+            grey.append(cv2.cvtColor(large, cv2.COLOR_RGB2GRAY))
+        for a, b in zip(grey, grey[1:]):
+            flow = cv2.resize(dis.calc(a, b, None), (size, size), interpolation=cv2.INTER_AREA)
+            found.append(torch.from_numpy(flow / 8).permute(2, 0, 1))
+    return torch.stack(found).unflatten(0, (len(video), -1))
+
+
+def held_out_robots(cfg, count):
+    """Videos uint8 (N, T, 3, H, W), exact flow (N, T - 1, 2, H, W), where it moves."""
+    videos = []
+    flows = []
+    for k in range(count):
+        rng = common.world_rng(cfg.seed, "test", k)
+        clip = common.robot(rng, cfg.size, cfg.frames, flow=True)
+        videos.append(clip["video"])
+        flows.append(clip["flow"])
+    true = torch.stack(flows)
+    return torch.stack(videos), true, true.square().sum(2).sqrt() > flowloss.MOVING
+
+
+def per_clip(made, real, true, moving, raft):
+    """What is wrong with every clip: sums over its pixels, so that clips can be drawn again."""
+    def sums(flow):
+        error = flowloss.end_point_error(flow, true)
+        return (error * moving).sum((1, 2, 3)), (error * ~moving).sum((1, 2, 3))
+
+    ours, background = sums(flowloss.flow_of(raft, made).cpu())
+    dis, _ = sums(dis_flow(made))
+    found = dict(ours=ours, dis=dis, background=background, psnr=flowloss.psnr(made, real))
+    return {name: value.tolist() for name, value in found.items()}
+
+
+def flow_factor(kind, sigma, psi):
+    """w lambda of the paper's gate, and of weightings of ours: its own are not public."""
+    if kind == "gated":
+        return edm_weight(sigma) * flowloss.gate(sigma, psi)
+    if kind == "constant":  # at every noise level alike
+        return torch.ones_like(sigma)
+    if kind == "lambda":  # EDM's weight without w
+        return edm_weight(sigma)
+    if kind == "soft":  # w without the cut
+        return edm_weight(sigma) / (sigma**2 + 1)
+    raise common.Fault(f"--settings: {kind} is none of gated, constant, lambda, soft")
+
+
+def read_setting(text):
+    """'gated:0.1:2:15' -> kind, S, psi, pairs a step."""
+    kind, scale, psi, pairs = text.split(":")
+    return kind, float(scale), float(psi), int(pairs)
+
+
+def flowloss_tune(args):
+    """Fine-tune under many settings at once, on the same draws; per-clip errors to a json file."""
+    device = torch.device(args.device)
+    raft, base, _ = flowloss.load_model(Path(args.model or flowloss.SHIPPED), device)
+    raft.requires_grad_(False)
+    points = [int(point) for point in args.points.split(",")]
+    cfg = flowloss.Config(seed=args.seed, tune_lr=args.lr, pairs=15, iters=max(points))
+    settings = ["none", *args.settings.split(",")]
+    nets = nn.ModuleDict({str(k): copy.deepcopy(base) for k in range(len(settings))})
+    average = AveragedModel(nets, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
+    optimizer = torch.optim.AdamW(nets.parameters(), cfg.tune_lr)
+    clips, _, _ = common.load_clips("robot", "", cfg.size, (cfg.clips, 96), cfg.frames, cfg.seed)
+    batches = common.Batches(clips, cfg.batch, cfg.frames, cfg.seed)
+    real, true, moving = held_out_robots(cfg, args.clips)
+    noise = torch.randn(real.shape, generator=make_rng(cfg.seed, 0, 0)).transpose(1, 2).to(device)
+    zero = (true.square().sum(2).sqrt() * moving).sum((1, 2, 3))
+    found = dict(seed=args.seed, lr=args.lr, clips=args.clips, zero=zero.tolist(),
+                 moving=moving.sum((1, 2, 3)).tolist(), still=(~moving).sum((1, 2, 3)).tolist(),
+                 real=per_clip(real, real, true, moving, raft), rows=[])
+
+    def decode(y):
+        return y * base.std + base.mean
+
+    def measure(setting, step, net):
+        first = to_float(real[:, 0]).to(device)
+        made = flowloss.generate(net.eval(), first, noise, cfg.steps, setting)
+        row = per_clip(made, real, true, moving, raft)
+        found["rows"].append(dict(setting=setting, step=step, **row))
+        net.train()
+
+    measure("base", 0, base)
+    for step in tqdm(range(1, max(points) + 1), "fine-tuning"):
+        truth = to_float(batches[step - 1].to(device)).transpose(1, 2)
+        y = (truth - base.mean) / base.std
+        sigma, n, n_first = flowloss.draw(cfg.seed, 6, step, y)
+        first = y[:, :, 0] + flowloss.AUGMENT * n_first
+        pairs = flowloss.draw_pairs(cfg, step).to(device)
+        loss = 0
+        for k, setting in enumerate(settings):
+            D = flowloss.denoise(nets[str(k)], y + like(sigma, y) * n, sigma, first)
+            each = flowloss.recon_loss(D, y, sigma)
+            if setting != "none":
+                kind, scale, psi, count = read_setting(setting)
+                weight = scale * flow_factor(kind, sigma, psi)
+                on = weight > 0
+                if on.any():
+                    apart = flowloss.flow_difference(
+                        raft, decode(D[on]), truth[on], pairs[on][:, :count])
+                    each[on] = each[on] + weight[on] * apart
+            loss = loss + each.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        for net in nets.values():
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        average.update_parameters(nets)
+        if step in points:
+            for k, setting in enumerate(settings):
+                measure(setting, step, average.module[str(k)])
+            common.save_json(Path(args.out), found)
+    print(flowloss_table([found]))
+
+
+def change(runs, setting, step, key):
+    """Change against reconstruction alone, %, with a 95 % interval over clips; runs are pooled.
+
+    Clips are drawn again within every run. PSNR: the difference in dB.
+    """
+    rng = np.random.default_rng(0)
+    ours = []
+    theirs = []
+    for run in runs:
+        rows = {(row["setting"], row["step"]): row for row in run["rows"]}
+        ours.append(np.array(rows[setting, step][key]))
+        theirs.append(np.array(rows["none", step][key]))
+
+    def of(drawn):
+        a = np.concatenate([x[i] for x, i in zip(ours, drawn)])
+        b = np.concatenate([x[i] for x, i in zip(theirs, drawn)])
+        if key == "psnr":
+            return a.mean() - b.mean()
+        return 100 * (a.sum() / b.sum() - 1)
+
+    middle = of([np.arange(len(x)) for x in ours])
+    drawn = [of([rng.integers(len(x), size=len(x)) for x in ours]) for _ in range(2000)]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return middle, low, high
+
+
+def flowloss_table(runs):
+    """Rows of one or several runs of flowloss-tune: errors a seed, changes pooled."""
+    lines = []
+    for row in runs[0]["rows"]:
+        setting = row["setting"]
+        step = row["step"]
+        cells = [setting, step]
+        for key, where in (("ours", "moving"), ("dis", "moving"), ("background", "still")):
+            values = []
+            for run in runs:
+                same = [r for r in run["rows"] if (r["setting"], r["step"]) == (setting, step)]
+                values.append(f"{sum(same[0][key]) / sum(run[where]):.3f}")
+            cells.append(" / ".join(values))
+        for key in ("ours", "dis", "background", "psnr"):
+            if setting in ("base", "none"):
+                cells.append("")
+                continue
+            middle, low, high = change(runs, setting, step, key)
+            cells.append(f"{middle:+.2f} [{low:+.2f}, {high:+.2f}]")
+        lines.append(cells)
+    zero = " / ".join(f"{sum(run['zero']) / sum(run['moving']):.3f}" for run in runs)
+    floors = []
+    for key in ("ours", "dis"):
+        floors.append(" / ".join(f"{sum(r['real'][key]) / sum(r['moving']):.3f}" for r in runs))
+    heads = ["setting", "step", "flow error, px", "by DIS", "background",
+             "change, %", "by DIS, %", "background, %", "PSNR, dB"]
+    return (f"zero flow {zero} px; on real clips our estimator errs by {floors[0]}, DIS by "
+            f"{floors[1]}; clips {runs[0]['clips']} a seed\n\n" + markdown(heads, lines))
+
+
+def flowloss_verdict(args):
+    """Gated against reconstruction alone, per seed and pooled, from json files of flowloss-tune."""
+    runs = [json.loads(Path(path).read_text(encoding="utf-8")) for path in args.runs]
+    print(flowloss_table(runs))
+    settings = [row["setting"] for row in runs[0]["rows"] if row["setting"] not in ("base", "none")]
+    lines = []
+    for setting in dict.fromkeys(settings):
+        for step in sorted({row["step"] for row in runs[0]["rows"]} - {0}):
+            cells = [setting, step]
+            for run in runs:
+                middle, low, high = change([run], setting, step, "ours")
+                cells.append(f"{middle:+.2f} [{low:+.2f}, {high:+.2f}]")
+            lines.append(cells)
+    print("\nFlow error of every seed, change in %\n")
+    print(markdown(["setting", "step", *[f"seed {run['seed']}" for run in runs]], lines))
+
+
+def flowloss_raft(args):
+    """The tiny RAFT: robots by distance in time and by noise; real pairs of a folder (runs)."""
+    raft, base, _ = flowloss.load_model(Path(args.model or flowloss.SHIPPED), args.device)
+    cfg = flowloss.Config(seed=args.seed)
+    rows = []
+    for apart in (1, 3, 8, 15):
+        errors = []
+        zeros = []
+        for k in range(args.clips):
+            rng = common.world_rng(cfg.seed, "test", k)
+            starts = range(cfg.frames - 1) if apart == 1 else [0]
+            for start in starts:
+                clock = np.array([start, start + apart]) / (cfg.frames - 1)
+                rng = common.world_rng(cfg.seed, "test", k)
+                clip = common.robot(rng, cfg.size, 2, flow=True, clock=clock)
+                a, b = to_float(clip["video"])[:, None]
+                with torch.no_grad():
+                    flow = raft(a, b)
+                true = clip["flow"]
+                size = true.square().sum(1).sqrt()
+                on = size > flowloss.MOVING
+                errors.append((flow - true).square().sum(1).sqrt()[on])
+                zeros.append(size[on])
+        error = torch.cat(errors).mean().item()
+        zero = torch.cat(zeros).mean().item()
+        rows.append([f"robot, {apart} frames apart", error, zero, zero / error])
+    for folder in args.runs:
+        rows += real_pairs(raft, Path(folder))
+    print(markdown(["", "tiny RAFT, px", "zero flow, px", "times better"], rows))
+
+    real, true, moving = held_out_robots(cfg, min(16, args.clips))
+    rows = []
+    for sigma in (0, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 4):
+        n = torch.randn(real.shape, generator=make_rng(cfg.seed, 0, 2))
+        noisy = to_float(real) + sigma * base.std * n
+        with torch.no_grad():
+            flow = torch.stack([raft(clip[:-1], clip[1:]) for clip in noisy])
+        rows.append([sigma, flowloss.end_point_error(flow, true)[moving].mean().item()])
+    print()
+    print(markdown(["sigma", "error on moving pixels, px"], rows))
+
+
+def real_pairs(raft, folder):
+    """Folders of frame1.png, frame2.png, flow.npy (H, W, 2), made small: 32 px high."""
+    from PIL import Image
+
+    errors = []
+    zeros = []
+    for pair in sorted(p for p in folder.iterdir() if p.is_dir()):
+        flow = torch.from_numpy(np.load(pair / "flow.npy")).float().permute(2, 0, 1)[None]
+        shrink = flow.shape[2] / 32
+        size = (32, 2 * round(flow.shape[3] / shrink / 2))
+        true = nn.functional.interpolate(flow, size, mode="area") / shrink
+        images = []
+        for name in ("frame1.png", "frame2.png"):
+            with Image.open(pair / name) as image:
+                small = image.convert("RGB").resize(size[::-1], Image.Resampling.BOX)
+            images.append(to_float(torch.from_numpy(np.array(small))).permute(2, 0, 1)[None])
+        with torch.no_grad():
+            error = (raft(*images) - true).square().sum(1).sqrt()
+        length = true.square().sum(1).sqrt()
+        on = length > flowloss.MOVING
+        errors.append(error[on])
+        zeros.append(length[on])
+    ratios = [z.mean().item() / e.mean().item() for e, z in zip(errors, zeros)]
+    error = torch.cat(errors).mean().item()
+    zero = torch.cat(zeros).mean().item()
+    each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    alike = [torch.stack([x.mean() for x in values]).mean().item() for values in (errors, zeros)]
+    return [
+        [f"{len(errors)} real pairs, all moving pixels alike", error, zero, zero / error],
+        ["every pair alike", *alike, alike[1] / alike[0]],
+        ["times better, pair by pair", "", "", each],
+    ]
+
+
+def flowloss_noise(args):
+    """Figs. 2 and 3: losses, weights and flow by noise level; assets/flowloss-noise.png."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    raft, base, _ = flowloss.load_model(Path(args.model or flowloss.SHIPPED), args.device)
+    cfg = flowloss.Config(seed=args.seed)
+    real, true, moving = held_out_robots(cfg, 8)
+    truth = to_float(real).transpose(1, 2)
+    y = (truth - base.mean) / base.std
+    n = torch.randn(y.shape, generator=make_rng(cfg.seed, 0, 3))
+    t = torch.arange(1, cfg.frames).expand(len(y), -1)
+    pairs = torch.stack([torch.zeros_like(t), t], -1)
+    sigmas = [0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 40, 80]
+    recon = []
+    apart = []
+    noisy_error = []
+    clean_error = []
+    for sigma in tqdm(sigmas, "noise levels"):
+        x = y + sigma * n
+        s = torch.full((len(y),), float(sigma))
+        with torch.no_grad():
+            D = flowloss.denoise(base, x, s, y[:, :, 0])
+            recon.append(flowloss.recon_loss(D, y, s).mean().item())
+            apart.append(flowloss.flow_difference(raft, D * base.std + base.mean, truth, pairs).mean().item())
+            for video, errors in ((x, noisy_error), (D, clean_error)):
+                frames = (video * base.std + base.mean).transpose(1, 2)  # (N, T, 3, H, W)
+                flow = torch.stack([raft(clip[:-1], clip[1:]) for clip in frames])
+                errors.append(flowloss.end_point_error(flow, true)[moving].mean().item())
+    s = torch.tensor(sigmas)
+    lam = edm_weight(s)
+    curves = {
+        "constant": torch.tensor(apart),
+        "lambda": lam * torch.tensor(apart),
+        "lambda w, no gate": torch.tensor(apart) / s**2,
+    }
+    for psi in (0.5, 2, 10):
+        kept = torch.where(s < psi, torch.tensor(apart) / s**2, math.nan)
+        curves[f"gated, psi {psi:g}"] = kept
+    fig, axes = plt.subplots(1, 4, figsize=(20, 4.2))
+    axes[0].loglog(sigmas, recon, "o-")
+    axes[0].set_title("L_recon of the base (paper: Fig. 2a)")
+    for k, (label, curve) in enumerate(curves.items()):
+        axes[1].loglog(sigmas, curve, "o-", label=label, lw=4 - k / 2, ms=3)
+    axes[1].set_title("flow difference, weighted, pixels^2 (Fig. 2b)")
+    axes[1].legend()
+    grid = torch.logspace(-2, 2, 200)
+    density = (-((grid.log() - flowloss.P_MEAN) ** 2) / (2 * flowloss.P_STD**2)).exp()
+    axes[2].semilogx(grid, density, "k")
+    for psi in (0.5, 2, 10):
+        share = 0.5 + 0.5 * math.erf((math.log(psi) - flowloss.P_MEAN) / flowloss.P_STD / 2**0.5)
+        line = axes[2].axvline(psi, ls="--", label=f"psi {psi:g}: {100 * share:.0f} % of steps below")
+        line.set_color(f"C{round(psi) % 10}")
+    axes[2].set_title("noise prior and gates (Fig. 2d)")
+    axes[2].legend()
+    axes[3].semilogx(sigmas, noisy_error, "o-", label="flow of the noisy clip (Fig. 3)")
+    axes[3].semilogx(sigmas, clean_error, "o-", label="flow of D")
+    zero = true.square().sum(2).sqrt()[moving].mean().item()
+    axes[3].axhline(zero, color="grey", ls=":", label="zero flow")
+    axes[3].set_title("error of flow on moving pixels, px")
+    axes[3].legend()
+    for axis in axes:
+        axis.set_xlabel("sigma")
+    fig.tight_layout()
+    path = ROOT / "assets" / "flowloss-noise.png"
+    fig.savefig(path, dpi=60)
+    rows = zip(sigmas, recon, apart, noisy_error, clean_error)
+    print(markdown(["sigma", "L_recon", "flow difference, px^2", "flow error, noisy, px",
+                    "flow error, D, px"], list(rows)))
+    print(f"wrote {path}")
+
+
+def ship_flowloss(args):
+    """assets/models/flowloss-robot.pt from a run's ckpt.pt, in float16, and how it was made."""
+    saved = common.load_checkpoint(Path(args.runs[0]) / "ckpt.pt", "flowloss")
+    results = json.loads((Path(args.runs[0]) / "results.json").read_text(encoding="utf-8"))
+    step = max(saved["kept"])
+
+    def halved(weights):
+        return {name: value.half() for name, value in weights.items()}
+
+    kept = {step: {name: halved(weights) for name, weights in saved["kept"][step].items()}}
+    made = dict(command="python " + results["command"], seconds=results["wall_s"],
+                commit=commit_here(), device=results["device"], torch=results["torch"],
+                machine=f"{platform.machine()}, {torch.get_num_threads()} threads")
+    shipped = dict(script="flowloss", format=common.FORMAT, config=saved["config"],
+                   step=saved["step"], raft=halved(saved["raft"]), base=halved(saved["base"]),
+                   kept=kept, made=made)
+    with common.written_aside(flowloss.SHIPPED) as part:
+        torch.save(shipped, part)
+    print(f"wrote {flowloss.SHIPPED}, {flowloss.SHIPPED.stat().st_size / 1e6:.2f} MB: {made}")
 
 
 # ---------------------------------------- mazes: a world in which one frame does not tell the motion
@@ -470,6 +861,12 @@ PARTS = {
     "biflow-between": biflow_between,
     "biflow-fvd": biflow_fvd,
     "ship-biflow": ship_biflow,
+    "flowloss-base": flowloss_base,
+    "flowloss-tune": flowloss_tune,
+    "flowloss-verdict": flowloss_verdict,
+    "flowloss-raft": flowloss_raft,
+    "flowloss-noise": flowloss_noise,
+    "ship-flowloss": ship_flowloss,
 }
 
 
@@ -479,13 +876,19 @@ def main():
         description=f"{__doc__}\nparts:\n{text}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS, metavar="PART")
-    parser.add_argument("runs", nargs="*", help="output folders of biflow.py, one a seed")
+    parser.add_argument("runs", nargs="*", help="output folders, one a seed; or what the part says")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--frames", type=int, default=128, help="frames in a stream")
     parser.add_argument("--features", default="r3d_18", help="r3d_18 or a TorchScript I3D file")
     parser.add_argument("--out", default="out/study", help="folder of a part that trains")
     parser.add_argument("--iters", type=int, default=0, help="of a part that trains; 0: as biflow.py")
+    parser.add_argument("--model", default="", help="base.pt of flowloss.py; empty: the shipped one")
+    parser.add_argument("--settings", default="gated:0.1:2:1",
+                        help="flowloss-tune: KIND:S:PSI:PAIRS, with commas between")
+    parser.add_argument("--points", default="25,50,100,200,800", help="steps to evaluate after")
+    parser.add_argument("--lr", type=float, default=flowloss.Config.tune_lr, help="of fine-tuning")
+    parser.add_argument("--clips", type=int, default=48, help="held-out clips")
     args = parser.parse_args()
     PARTS[args.part](args)
 

@@ -119,8 +119,8 @@ def moving(B=2, T=4, size=32):
 
 def test_flowloss_in_svd_decodes_only_what_the_gate_lets_through(svd):
     space, raft, decoded, decode = recipe("FlowLoss"), TinyRAFT().requires_grad_(False), [], svd.vae.decode
-    levels, flow_weight = [], space["flow_weight"]
-    space["flow_weight"] = lambda name, sigma, psi: levels.append(sigma) or flow_weight(name, sigma, psi)
+    levels, gate = [], space["gate"]
+    space["gate"] = lambda sigma, psi: levels.append(sigma) or gate(sigma, psi)
     svd.vae.decode = lambda z, **named: decoded.append(len(z)) or decode(z, **named)
     def of(psi, scale=0.1):
         decoded.clear()
