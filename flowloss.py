@@ -70,7 +70,7 @@ class Config:
     scale: float = opt(0.1, "S, the weight of the flow term", 0, 10**6)
     pairs: int = opt(1, "frames t that a step compares; frames - 1 is the paper's sum", 1, 256)
     raft_iters: int = opt(2000, "--train: steps of the tiny RAFT", 1, 10**8)
-    base_iters: int = opt(8000, "--train: steps of the base model", 1, 10**8)
+    base_iters: int = opt(16000, "--train: steps of the base model", 1, 10**8)
     lr: float = opt(2e-3, "--train: AdamW's learning rate", 0, 1)
     batch: int = opt(4, "clips in a batch", 1, 65536)
     size: int = opt(32, "--train: height and width of a frame, pixels", 24, 1024)
@@ -378,7 +378,7 @@ class VideoUNet(nn.Module):
             self.up.append(Block(c, above, dim, time, attend))
         self.mid = Block(c, c, dim, time=True, attend=True)
         self.norm = group_norm(channels[0])
-        self.out = conv(channels[0], 4 * patch**2)
+        self.out = conv(channels[0] + 9 * patch**2, 4 * patch**2)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -401,7 +401,8 @@ class VideoUNet(nn.Module):
                 h = self.up[level](h + skips[level], emb)
                 if level > 0:
                     h = double(h)
-            h = self.out(F.silu(self.norm(h)))
+            h = torch.cat([F.silu(self.norm(h)), x], 1)  # noise need not pass a narrow network
+            h = self.out(h)
         return F.pixel_shuffle(h.float().transpose(1, 2), self.patch).transpose(1, 2)
 
 def build(cfg):
@@ -502,7 +503,7 @@ class GeneralClips:
         clips = []
         for k in range(cfg.batch):
             rng = np.random.default_rng([cfg.seed, 4, step, k])
-            if k % 2 == 0:
+            if k % 4 < 3:
                 clip = common.robot(rng, cfg.size, cfg.frames, make="any")
             else:
                 clip = common.shapes(rng, cfg.size, cfg.frames, rough=0.3)
