@@ -694,20 +694,6 @@ def karras_sigmas(steps, low=0.002, high=80.0, rho=7.0):
     levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
     return torch.cat([levels, torch.zeros(1)]).float()
 
-def sample_edm(denoise, x, sigmas, heun=True):
-    """EDM's deterministic sampler, Algorithm 1: x = sigmas[0] n (B, ...) -> x at sigmas[-1].
-
-    denoise(x, sigma (B,)) -> D(x; sigma). Heun takes two evaluations a step, but one for the last.
-    """
-    for now, then in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
-        slope = (x - denoise(x, x.new_full((len(x),), now))) / now  # dx/dsigma, EDM Eq. 3
-        if heun and then > 0:
-            euler = x + (then - now) * slope
-            slope_then = (euler - denoise(euler, x.new_full((len(x),), then))) / then
-            slope = (slope + slope_then) / 2
-        x = x + (then - now) * slope
-    return x
-
 # ---------------------------------------- distance
 
 def energy(x):

@@ -474,7 +474,6 @@ def flowloss_tune(args):
     clips, _, _ = common.load_clips("robot", "", cfg.size, (cfg.clips, 96), cfg.frames, cfg.seed)
     batches = common.Batches(clips, cfg.batch, cfg.frames, cfg.seed)
     real, true, moving = held_out_robots(cfg, args.clips)
-    noise = torch.randn(real.shape, generator=make_rng(cfg.seed, 0, 0)).transpose(1, 2).to(device)
     zero = (true.square().sum(2).sqrt() * moving).sum((1, 2, 3))
     found = dict(seed=args.seed, lr=args.lr, clips=args.clips, zero=zero.tolist(),
                  moving=moving.sum((1, 2, 3)).tolist(), still=(~moving).sum((1, 2, 3)).tolist(),
@@ -485,7 +484,7 @@ def flowloss_tune(args):
 
     def measure(setting, step, net):
         first = to_float(real[:, 0]).to(device)
-        made = flowloss.generate(net.eval(), first, noise, cfg.steps, setting)
+        made = flowloss.generate(net.eval(), first, cfg.steps, cfg.seed, setting)
         row = per_clip(made, real, true, moving, raft)
         found["rows"].append(dict(setting=setting, step=step, **row))
         net.train()
