@@ -962,7 +962,7 @@ def save_pages(path, pages, ms=80):
     with written_aside(path) as part:
         pages[0].save(part, path.suffix[1:].upper(), **animation)
 
-def save_sheet(path, videos):
+def save_sheet(path, videos, left=90):
     """Ten frames of the first clip of each kind; videos {label: uint8 (N, T, 3, H, W)}."""
     last = max(video.shape[1] for video in videos.values()) - 1
     shown = sorted({round(last * (k / 9) ** 1.6) for k in range(10)})  # early ones closer
@@ -970,7 +970,7 @@ def save_sheet(path, videos):
     for label, video in videos.items():
         there = [frame for frame in shown if frame < video.shape[1]]
         rows.append((label, video[0, there]))
-    save_pages(path, [sheet(rows, shown, scale=max(1, 64 // video.shape[-1]))])
+    save_pages(path, [sheet(rows, shown, scale=max(1, 64 // video.shape[-1]), left=left)])
 
 def save_gif(path, videos, width=64, every=1, ms=80):
     """The first four clips of each kind beside each other; a shorter one rests at its end."""

@@ -765,7 +765,7 @@ def save_pictures(out, videos, flows):
         shown[label] = videos[label]
         moving[label] = videos[label]
         moving[f"flow of {label.split(',')[0]}"] = flow_to_image(flows[label][0])[None]
-    common.save_sheet(out / "sheet.png", moving)
+    common.save_sheet(out / "sheet.png", moving, left=130)
     common.save_gif(out / "samples.gif", shown, width=128, ms=120)
 
 # ---------------------------------------- your own picture

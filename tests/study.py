@@ -745,21 +745,26 @@ def flowloss_noise(args):
 
 
 def ship_flowloss(args):
-    """assets/models/flowloss-robot.pt from a run's ckpt.pt, in float16, and how it was made."""
-    saved = common.load_checkpoint(Path(args.runs[0]) / "ckpt.pt", "flowloss")
-    results = json.loads((Path(args.runs[0]) / "results.json").read_text(encoding="utf-8"))
+    """assets/models/flowloss-robot.pt from a run of --train, in float16, and how it was made."""
+    run = Path(args.runs[0])
+    saved = common.load_checkpoint(run / "ckpt.pt", "flowloss")
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    config = {**saved["config"], "out_dir": "", "resume": False}
     step = max(saved["kept"])
+    seconds = saved["log"][-1]["seconds"]
+    for name in ("raft", "base"):
+        seconds += common.load_checkpoint(run / f"{name}.pt", "flowloss")["log"][-1]["seconds"]
 
     def halved(weights):
         return {name: value.half() for name, value in weights.items()}
 
     kept = {step: {name: halved(weights) for name, weights in saved["kept"][step].items()}}
-    made = dict(command="python " + results["command"], seconds=results["wall_s"],
-                commit=commit_here(), device=results["device"], torch=results["torch"],
-                machine=f"{platform.machine()}, {torch.get_num_threads()} threads")
-    shipped = dict(script="flowloss", format=common.FORMAT, config=saved["config"],
-                   step=saved["step"], raft=halved(saved["raft"]), base=halved(saved["base"]),
-                   kept=kept, made=made)
+    made = dict(
+        command=f"python flowloss.py --dataset robot --train --seed {config['seed']}",
+        commit=commit_here(), seconds=round(seconds), device=results["device"],
+        torch=results["torch"], machine=f"{platform.machine()}, {torch.get_num_threads()} threads")
+    shipped = dict(script="flowloss", format=common.FORMAT, config=config, step=saved["step"],
+                   raft=halved(saved["raft"]), base=halved(saved["base"]), kept=kept, made=made)
     with common.written_aside(flowloss.SHIPPED) as part:
         torch.save(shipped, part)
     print(f"wrote {flowloss.SHIPPED}, {flowloss.SHIPPED.stat().st_size / 1e6:.2f} MB: {made}")
