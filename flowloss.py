@@ -12,12 +12,12 @@ flow, nothing is warped. Flow of a prediction at high noise means nothing, so a 
 
 The paper was not at hand: the equations come from reviews of it, their numbers are unknown, and
 what they leave open is marked "paper silent". The paper fine-tunes Stable Video Diffusion. Here a
-small image-to-video model, trained on moving things of all kinds and shipped with this file, is
+small image-to-video model, trained on boxes and on arms of any make and shipped with this file, is
 fine-tuned on clips of one robot, with and without the flow term, on the same data and noise.
 
     python flowloss.py --dataset robot              # fine-tune and compare; 5 minutes on two cores
     python flowloss.py --dataset robot --eval_only  # compare again, from the checkpoint
-    python flowloss.py --dataset robot --train      # train the flow estimator and the base anew
+    python flowloss.py --dataset robot --train --out_dir out/new  # make the shipped models anew
     python flowloss.py --first photo.jpg            # your picture, before and after fine-tuning
 
 A run prints flow error, background and PSNR of held-out clips, early and late.
@@ -91,7 +91,7 @@ PRESETS = {
     ),
     "paper": dict(  # of the size of its clips; its own model is Stable Video Diffusion's
         iters=10000, points="100,1000", raft_iters=20000, base_iters=50000, batch=16, size=128,
-        width=192, mults="1,1,2,2,4", lr=1e-4, tune_lr=5e-5, ema=0.999, clips=20000, videos=128,
+        width=192, mults="1,1,2,2,4", lr=1e-4, tune_lr=5e-5, ema=0.999, clips=20000, videos=96,
         pairs=15, amp=True,
     ),
 }
@@ -107,7 +107,7 @@ AUGMENT = 0.02  # noise on the first frame while training, as SVD has it
 # level, (B,). truth: the true video in [-1, 1]. Flow: (N, 2, H, W) in pixels.
 
 # ---------------------------------------- THE METHOD
-# From here to L_recon is one block: paste it, and all it needs is torch.
+# From here to flow_loss is one block to paste. It needs torch, and torch.nn.functional as F.
 
 def gate(sigma, psi):
     """w(sigma), (B,): 1 / (sigma^2 + 1) below psi, else 0. The paper's hard gate."""
@@ -149,11 +149,11 @@ def flow_difference(estimate, video, truth, pairs, hidden=0.3):
     with torch.no_grad():
         a = truth[rows, pairs[..., 0]].flatten(0, 1)  # (B K, 3, H, W)
         b = truth[rows, pairs[..., 1]].flatten(0, 1)
-        true, back = estimate(torch.cat([a, b]), torch.cat([b, a])).chunk(2)
+        true, back = estimate(torch.cat([a, b]), torch.cat([b, a])).float().chunk(2)
         o = torch.where(visible(true, back), 1.0, hidden)  # (B K, 1, H, W)
     a = video[rows, pairs[..., 0]].flatten(0, 1)
     b = video[rows, pairs[..., 1]].flatten(0, 1)
-    flow = estimate(a, b)
+    flow = estimate(a, b).float()
     difference = (o * (flow - true).square().sum(1, keepdim=True)).flatten(1).mean(1)  # (B K,)
     return difference.unflatten(0, pairs.shape[:2]).mean(1)
 
@@ -176,7 +176,7 @@ def flow_loss(estimate, decode, D, truth, w, sigma, pairs, scale=0.1):
 
 def recon_loss(D, y, sigma):
     """L_recon of every clip, (B,): EDM's weighted squared error."""
-    return edm_weight(sigma) * (D - y).square().flatten(1).mean(1)
+    return edm_weight(sigma.float()) * (D - y).float().square().flatten(1).mean(1)
 
 # ---------------------------------------- tiny RAFT
 
@@ -454,7 +454,7 @@ class FlowPairs:
         return [torch.stack(part) for part in zip(*pairs)]
 
 def train_raft(cfg, out, device):
-    """The tiny RAFT, on exact flow of three worlds; some pairs are noisy, as a D is."""
+    """The tiny RAFT, on exact flow of three worlds; some pairs are noisy, as a D may be."""
     torch.manual_seed(cfg.seed)
     raft = TinyRAFT().to(device)
     optimizer = torch.optim.AdamW(raft.parameters(), 2e-3)
@@ -503,7 +503,7 @@ class GeneralClips:
         clips = []
         for k in range(cfg.batch):
             rng = np.random.default_rng([cfg.seed, 4, step, k])
-            if k % 4 < 3:
+            if (step * cfg.batch + k) % 4 < 3:
                 clip = common.robot(rng, cfg.size, cfg.frames, make="any")
             else:
                 clip = common.shapes(rng, cfg.size, cfg.frames, rough=0.3)
@@ -574,6 +574,13 @@ def load_model(path, device):
     base = build(made)
     base.load_state_dict(saved["base"])
     return raft.to(device), base.to(device), saved
+
+def finished(cfg, saved, path):
+    """The weights that a fine-tuning kept, if it came to its end. Raises Fault."""
+    if saved["step"] != cfg.iters:
+        raise Fault(f"{path} has {saved['step']} of {cfg.iters} steps of fine-tuning: --resume makes "
+                    "the others")
+    return saved["kept"]
 
 # ---------------------------------------- fine-tune
 
@@ -656,17 +663,17 @@ def finetune(cfg, base, raft, clips, out, device):
 
 @torch.no_grad()
 def sample(denoise, x, sigmas, rng):
-    """From x at sigmas[0] to sigmas[-1], adding fresh noise at every step: EDM, Sec. 4.
+    """From x at sigmas[0] to sigmas[-1], with fresh noise at every step: DDPM's, at EDM's levels.
 
     It mends what earlier steps got wrong, and a small network gets much wrong. denoise(x, sigma
     (B,)) -> D. Every step leaves as much noise as the next level has.
     """
     for now, then in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
         D = denoise(x, torch.full((len(x),), now, device=x.device))
-        kept = then**2 / now
-        fresh = (then**2 - kept**2) ** 0.5
+        old = then**2 / now  # how much of the noise stays
+        new = (then**2 - old**2) ** 0.5  # old^2 + new^2 = then^2
         n = torch.randn(x.shape, generator=rng).to(x.device)
-        x = D + kept * (x - D) / now + fresh * n
+        x = D + old * (x - D) / now + new * n
     return x
 
 @torch.no_grad()
@@ -779,7 +786,7 @@ def move_picture(cfg, device):
     path = folder / "ckpt.pt" if folder else SHIPPED
     _, net, saved = load_model(path, device)
     made = Config(**saved["config"])
-    step = max(saved["kept"])
+    step = max(finished(made, saved, path))
     print(f"{path}: {made.dataset}, {step} steps of fine-tuning")
     plan = {"base": saved["base"]}
     for name, label in NAMES.items():
@@ -810,8 +817,8 @@ def check(cfg):
     fold = cfg.patch * 2 ** cfg.mults.count(",")
     if cfg.size % fold or cfg.size % 2:
         raise Fault(f"--size {cfg.size}: must be even and a multiple of {fold}")
-    if cfg.width % 2:
-        raise Fault(f"--width {cfg.width}: must be even")
+    if cfg.width % 32 and cfg.width not in (8, 16):
+        raise Fault(f"--width {cfg.width}: must be 8, 16 or a multiple of 32")
     if cfg.pairs >= cfg.frames:
         raise Fault(f"--pairs {cfg.pairs}: a clip of {cfg.frames} frames has {cfg.frames - 1}")
     if cfg.train and cfg.model:
@@ -849,7 +856,7 @@ def main():
         raft = train_raft(cfg, out, device)
         base = train_base(cfg, raft, out, device)
     if cfg.eval_only:
-        kept = saved["kept"]
+        kept = finished(cfg, saved, path)
     else:
         kept = finetune(cfg, base, raft, train_clips, out, device)
     rows, videos, flows = evaluate(cfg, kept, base, raft, test_clips, source, device)

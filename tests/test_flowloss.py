@@ -517,7 +517,7 @@ def test_clips_that_rest_give_no_flow_error_instead_of_nan(run, tmp_path, monkey
     ("--points 1,x", "--points 1,x: must be numbers"),
     ("--size 26", "--size 26: must be even and a multiple of 4"),
     ("--size 25 --patch 1 --mults 1", "--size 25: must be even"),
-    ("--width 9", "--width 9: must be even"),
+    ("--width 9", "--width 9: must be 8, 16 or a multiple of 32"),
     ("--pairs 8", "--pairs 8: a clip of 8 frames has 7"),
     ("--psi -1", "--psi -1.0: must lie between"),
     ("--dataset nowhere", "no clips found: looked in data/nowhere"),
