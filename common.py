@@ -899,7 +899,7 @@ class Log:
             row, column = broken.nonzero()[0].tolist()
             first = step - len(recent) + 1 + row
             raise Fault(f"the loss {list(losses)[column]} is not finite at step {first}; try a "
-                        "lower --lr; what was saved before is intact")
+                        "lower learning rate; what was saved before is intact")
         means = dict(zip(losses, recent.mean(0).tolist()))
         seconds = round(time.time() - self.began, 2)
         self.rows.append({"step": step, **means, "seconds": seconds})
