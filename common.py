@@ -822,7 +822,7 @@ def save_log(path, rows):
         table.writerows(rows)
 
 def save_checkpoint(out, script, cfg, log, name="ckpt", **state):
-    """NAME.pt of a run, and its losses: log.csv, or log-NAME.csv of an earlier stage. Raises Fault."""
+    """NAME.pt of a run, and its losses: log.csv, or of an earlier stage log-NAME.csv."""
     made = dict(script=script, format=FORMAT, config=asdict(cfg), log=log.rows, **state)
     with written_aside(out / f"{name}.pt") as part:
         torch.save(made, part)
@@ -832,8 +832,8 @@ def save_checkpoint(out, script, cfg, log, name="ckpt", **state):
 def load_checkpoint(path, script):
     """A checkpoint of this script and of this format; no code in it is run. Raises Fault."""
     if not path.exists():
-        raise Fault(f"{path} is not there: no such model, or a run that was stopped before its first "
-                    "save, which --resume does again")
+        raise Fault(f"{path} is not there: no such model, or a run that was stopped before its "
+                    "first save, which --resume does again")
     try:
         made = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # truncated, garbage, a pickle with code: each raises something else

@@ -8,14 +8,15 @@ flow, nothing is warped. Flow of a prediction at high noise means nothing, so a 
     L_recon   E lambda(s) || D(y + s n; s) - y ||^2             lambda(s) = (s^2 + 1) / s^2
     L_flow    S E lambda(s) sum_t o(a_t) || f_t(y) - f_t(D) ||^2
               f: flow from the first frame to frame t; o: 1 where a_t says visible, else 0.3
-    L         L_recon + w(s) L_flow          w(s) = 1 / (s^2 + 1) if s < psi, else 0: the gate
+    L         L_recon + w(s) L_flow          w(s) = 1 / (s^2 + 1) if s < psi, else 0: the gate,
+                                             different for every clip, so inside the E
 
 The paper was not at hand: the equations come from reviews of it, their numbers are unknown, and
 what they leave open is marked "paper silent". The paper fine-tunes Stable Video Diffusion. Here a
 small image-to-video model, trained on boxes and on arms of any make and shipped with this file, is
 fine-tuned on clips of one robot, with and without the flow term, on the same data and noise.
 
-    python flowloss.py --dataset robot              # fine-tune and compare; 5 minutes on two cores
+    python flowloss.py --dataset robot              # fine-tune and compare; 4 minutes on two cores
     python flowloss.py --dataset robot --eval_only  # compare again, from the checkpoint
     python flowloss.py --dataset robot --train --out_dir out/new  # make the shipped models anew
     python flowloss.py --first photo.jpg            # your picture, before and after fine-tuning
@@ -144,17 +145,18 @@ def flow_difference(estimate, video, truth, pairs, hidden=0.3):
     pairs (B, K, 2): from which frame to which. Only the video gets a gradient.
     """
     rows = torch.arange(len(pairs), device=pairs.device)[:, None]  # (B, 1)
-    video = video.float().transpose(1, 2)  # (B, T, 3, H, W)
-    truth = truth.float().transpose(1, 2)
+
+    def frames(video, k):  # those that pairs[..., k] names, (B K, 3, H, W)
+        return video.float().transpose(1, 2)[rows, pairs[..., k]].flatten(0, 1)
+
     with torch.no_grad():
-        a = truth[rows, pairs[..., 0]].flatten(0, 1)  # (B K, 3, H, W)
-        b = truth[rows, pairs[..., 1]].flatten(0, 1)
-        true, back = estimate(torch.cat([a, b]), torch.cat([b, a])).float().chunk(2)
+        a = frames(truth, 0)
+        b = frames(truth, 1)
+        true, back = estimate(torch.cat([a, b]), torch.cat([b, a])).float().chunk(2)  # f_t(y)
         o = torch.where(visible(true, back), 1.0, hidden)  # (B K, 1, H, W)
-    a = video[rows, pairs[..., 0]].flatten(0, 1)
-    b = video[rows, pairs[..., 1]].flatten(0, 1)
-    flow = estimate(a, b).float()
-    difference = (o * (flow - true).square().sum(1, keepdim=True)).flatten(1).mean(1)  # (B K,)
+    flow = estimate(frames(video, 0), frames(video, 1)).float()  # f_t(D)
+    squared = (flow - true).square().sum(1, keepdim=True)  # (B K, 1, H, W)
+    difference = (o * squared).flatten(1).mean(1)  # (B K,)
     return difference.unflatten(0, pairs.shape[:2]).mean(1)
 
 def flow_loss(estimate, decode, D, truth, w, sigma, pairs, scale=0.1):
@@ -578,8 +580,8 @@ def load_model(path, device):
 def finished(cfg, saved, path):
     """The weights that a fine-tuning kept, if it came to its end. Raises Fault."""
     if saved["step"] != cfg.iters:
-        raise Fault(f"{path} has {saved['step']} of {cfg.iters} steps of fine-tuning: --resume makes "
-                    "the others")
+        raise Fault(f"{path} has {saved['step']} of {cfg.iters} steps of fine-tuning: --resume "
+                    "makes the others")
     return saved["kept"]
 
 # ---------------------------------------- fine-tune
@@ -591,13 +593,16 @@ def draw_pairs(cfg, step):
     estimator it uses, DOT, tracks from one frame to all others.
     """
     rng = make_rng(cfg.seed, 5, step)
-    t = 1 + torch.rand(cfg.batch, cfg.frames - 1, generator=rng).argsort(1)[:, :cfg.pairs]
+    order = torch.rand(cfg.batch, cfg.frames - 1, generator=rng).argsort(1)  # of frames 1 and on
+    t = 1 + order[:, :cfg.pairs]  # (B, K)
     return torch.stack([torch.zeros_like(t), t], -1)
 
 def points_of(cfg):
     """The steps of fine-tuning after which to evaluate: those of --points, and the last."""
-    points = [int(point) for point in cfg.points.split(",")]
-    return sorted({point for point in points if point < cfg.iters} | {cfg.iters})
+    points = {cfg.iters}
+    for point in cfg.points.split(","):
+        points.add(min(int(point), cfg.iters))
+    return points
 
 def finetune(cfg, base, raft, clips, out, device):
     """Both objectives side by side, from the same base, on the same clips, noise and pairs.

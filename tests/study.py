@@ -398,6 +398,37 @@ def flowloss_base(args):
     print(f"wrote {out / 'base.pt'}")
 
 
+def plain_denoise(net, x, sigma, first):
+    """EDM's Eq. 7 alone, with the first frame as input: as flowloss.denoise, without what is ours."""
+    first = first[:, :, None].expand_as(x)
+    s = like(sigma, x)
+    total = (s**2 + 1).sqrt()
+    out = net(torch.cat([x / total, 0 * x, first], 1), sigma.log() / 4)
+    return x / total**2 + s / total * out[:, :3]
+
+
+def flowloss_tricks(args):
+    """What our two tricks in denoise are worth: bases of --iters steps, `ours` and `plain` (runs)."""
+    device = torch.device(args.device)
+    raft, _, _ = flowloss.load_model(flowloss.SHIPPED, device)
+    cfg = flowloss.Config(seed=args.seed, base_iters=args.iters or 3000, resume=True)
+    real, true, moving = held_out_robots(cfg, args.clips)
+    zero = true.square().sum(2).sqrt()[moving].mean().item()
+    rows = [["zero flow", "", zero, "", ""]]
+    for name in args.runs or ["ours", "plain"]:
+        if name == "plain":
+            flowloss.denoise = plain_denoise
+        out = Path(args.out) / f"flowloss-{name}-{args.seed}"
+        net = flowloss.train_base(cfg, raft, out, device).eval()
+        loss = common.load_checkpoint(out / "base.pt", "flowloss")["log"][-4:]
+        loss = sum(row["recon"] for row in loss) / len(loss)
+        made = flowloss.generate(net, to_float(real[:, 0]), cfg.steps, cfg.seed, name)
+        error = flowloss.end_point_error(flowloss.flow_of(raft, made), true)
+        rows.append([name, loss, error[moving].mean().item(), error[~moving].mean().item(),
+                     flowloss.psnr(made, real).mean().item()])
+    print(markdown(["", "L_recon, last 200 steps", "flow error, px", "background", "PSNR"], rows))
+
+
 def dis_flow(video):
     """OpenCV's DIS flow of videos uint8 (N, T, 3, H, W), frames enlarged 8x: (N, T - 1, 2, H, W)."""
     import cv2
@@ -866,6 +897,7 @@ PARTS = {
     "biflow-fvd": biflow_fvd,
     "ship-biflow": ship_biflow,
     "flowloss-base": flowloss_base,
+    "flowloss-tricks": flowloss_tricks,
     "flowloss-tune": flowloss_tune,
     "flowloss-verdict": flowloss_verdict,
     "flowloss-raft": flowloss_raft,
