@@ -828,6 +828,8 @@ def check(cfg):
         raise Fault(f"--pairs {cfg.pairs}: a clip of {cfg.frames} frames has {cfg.frames - 1}")
     if cfg.train and cfg.model:
         raise Fault("--train makes a model, --model loads one: leave one of them out")
+    if cfg.first and (cfg.train or cfg.model):
+        raise Fault("--first takes a run that was fine-tuned: leave --train and --model out")
 
 def check_model(cfg, saved, path):
     """That the network which was loaded is the one that was asked for. Raises Fault."""
@@ -845,15 +847,15 @@ def main():
     device = common.pick_device(cfg.device)
     if cfg.first:
         return move_picture(cfg, device)
-    train_clips, test_clips, source = common.load_clips(
-        cfg.dataset, cfg.data_dir, cfg.size, (cfg.clips, 96), cfg.frames, cfg.seed,
-        min_frames=cfg.frames)
     train_first = cfg.train and not cfg.eval_only
     if not train_first:
         path = model_path(cfg)
         raft, base, saved = load_model(path, device)
         check_model(cfg, saved, path)
         print(f"flow estimator and base model: {path}")
+    train_clips, test_clips, source = common.load_clips(
+        cfg.dataset, cfg.data_dir, cfg.size, (cfg.clips, 96), cfg.frames, cfg.seed,
+        min_frames=cfg.frames)
     out = common.open_run("flowloss", cfg, train_clips, test_clips)
     print(f"preset {cfg.preset} on {device}, {len(train_clips)} + {len(test_clips)} {source} clips")
 

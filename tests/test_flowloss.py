@@ -520,6 +520,7 @@ def test_clips_that_rest_give_no_flow_error_instead_of_nan(run, tmp_path, monkey
     ("--width 9", "--width 9: must be 8, 16 or a multiple of 32"),
     ("--pairs 8", "--pairs 8: a clip of 8 frames has 7"),
     ("--psi -1", "--psi -1.0: must lie between"),
+    ("--first a.png", "--first takes a run that was fine-tuned"),
     ("--dataset nowhere", "no clips found: looked in data/nowhere"),
     ("--eval_only", "nothing to continue")])
 def test_bad_input_is_one_clear_line_and_exit_status_2(run, tmp_path, flags, says):
