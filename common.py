@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 import time
+import unicodedata
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -586,784 +587,7 @@ def sky(rng, size, frames, wind="known", flow=False):
         clip["flow"], clip["visible"] = sky_flow(cumulus, hill, speed)
     return clip
 
-def world_rng(seed, split, index):
-    """The random stream of one clip: the same for the same (seed, split, index)."""
-    return np.random.default_rng([seed, {"train": 0, "test": 1}[split], index])
-
-def render(name, split, count, size, frames, seed, **world):
-    """`count` clips of a procedural world, held in memory."""
-    cache = []
-    captions = []
-    for index in tqdm(range(count), f"rendering {name} {split}", leave=False):
-        clip = WORLDS[name](world_rng(seed, split, index), size, frames, **world)
-        cache.append(clip["video"])
-        captions.append(clip.get("caption", ""))
-    return Clips([frames] * count, size, cache, captions)
-
-# ---------------------------------------- batches
-
-def load_clips(dataset, data_dir, size, counts, frames, seed, min_frames=2, **world):
-    """Training and test clips of a set, and whether they are 'real' or 'procedural'.
-
-    Real clips are looked for below data_dir ('' = data). Where there are none and data_dir is '', a
-    procedural world is rendered: counts = (train, test) clips of `frames` frames. Raises Fault.
-    """
-    real = load_real(dataset, data_dir, size, min_frames)
-    if real is not None:
-        train, test = real
-        return train, test, "real"
-    looked = "no clips found: looked in " + ", ".join(str(p) for p in places(dataset, data_dir))
-    if data_dir or dataset not in WORLDS:
-        raise Fault(f"--dataset {dataset}: {looked}; a set is a folder of clips, and without "
-                    f"--data_dir there are procedural worlds: {', '.join(WORLDS)}")
-    print(f"*** {looked}.")
-    print(f"*** PROCEDURAL world '{dataset}' is used instead: nothing below is real video. ***")
-    train = render(dataset, "train", counts[0], size, frames, seed, **world)
-    test = render(dataset, "test", counts[1], size, frames, seed, **world)
-    return train, test, "procedural"
-
-class Batches:
-    """Item `step` is that step's batch of `length` consecutive frames, uint8 (B, length, 3, H, W).
-
-    Drawn evenly from all there are, as a function of (seed, step) alone: a resumed run sees what an
-    uninterrupted one would have seen.
-    """
-
-    def __init__(self, clips, batch, length, seed):
-        starts = [max(0, n - length + 1) for n in clips.lengths]  # how many there are in a clip
-        self.ends = np.cumsum(starts)
-        self.clips = clips
-        self.batch = batch
-        self.length = length
-        self.seed = seed
-
-    def where(self, step):
-        """The clips of a step's batch, and the first frame in each: (B,) twice."""
-        rng = np.random.default_rng([self.seed, step])
-        at = rng.integers(self.ends[-1], size=self.batch)
-        clip = np.searchsorted(self.ends, at, side="right")
-        before = np.concatenate([[0], self.ends])
-        return clip, at - before[clip]
-
-    def __getitem__(self, step):
-        clip, start = self.where(step)
-        frames = [self.clips.frames(i, a, a + self.length) for i, a in zip(clip, start)]
-        return torch.stack(frames)
-
-def prefetch(batches, steps):
-    """batches[step] for every step of the range `steps`, made by threads ahead of its use."""
-    ready = deque()
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    try:
-        for step in steps:
-            ready.append(pool.submit(batches.__getitem__, step))
-            if len(ready) > 8:
-                yield ready.popleft().result()
-        while ready:
-            yield ready.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-def make_rng(seed, use, step):
-    """Random numbers as a function of (seed, use, step): a resumed run goes on alike."""
-    mixed = np.random.SeedSequence([seed, use, step]).generate_state(1)  # torch heeds 32 bits only
-    return torch.Generator().manual_seed(int(mixed[0]))
-
-def to_float(frames):
-    """uint8 -> float in [-1, 1]."""
-    return frames.float() / 127.5 - 1
-
-def to_uint8(x):
-    """float, clamped to [-1, 1] -> uint8 in main memory."""
-    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
-
-# ---------------------------------------- noise levels
-
-def like(s, x):
-    """A number, or per-sample numbers (B,), in x's type, shaped to broadcast over x (B, ...)."""
-    s = torch.as_tensor(s, dtype=x.dtype, device=x.device)
-    return s.view(-1, *[1] * (x.ndim - 1))
-
-def edm_weight(sigma, data=1.0):
-    """lambda(sigma), (B,): EDM (Karras et al. 2022), Tab. 1. data: the deviation of the data."""
-    return (sigma**2 + data**2) / (sigma * data) ** 2
-
-def karras_sigmas(steps, low=0.002, high=80.0, rho=7.0):
-    """Noise levels of a sampler, from high to low, then 0: (steps + 1,). EDM Eq. 5."""
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-    return torch.cat([levels, torch.zeros(1)]).float()
-
-# ---------------------------------------- distance
-
-def energy(x):
-    """Mean square of every clip, (N, T, C, H, W) -> (N,); what nobody sees counts as none."""
-    return x.square().mean((1, 2, 3, 4)) + 1e-3
-
-def own_features(video):
-    """Fixed, seeded features of short clips that see motion: uint8 (N, T > 4, 3, H, W) -> (N, 46).
-
-    Log-energies of six random filters on the frames, on what changes from one frame to the next,
-    and over four frames; how far change goes with the gradients (the direction of motion); means
-    and deviations of colour; at two scales. A change of 1 is a factor e.
-    """
-    bank = torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(0)).to(video.device)
-    bank = (bank - bank.mean((2, 3), keepdim=True)) / 75**0.5  # blind to brightness
-    x = to_float(video)
-    found = [4 * x.mean((1, 3, 4)), 4 * x.std((1, 3, 4))]  # (N, 3) each
-    for _ in range(2):
-        for change in (x, x[:, 1:] - x[:, :-1], x[:, 4:] - x[:, :-4]):
-            response = F.conv2d(change.flatten(0, 1), bank).unflatten(0, change.shape[:2])
-            power = response.square().mean((3, 4))  # (N, T, 6)
-            found.append((power + 1e-3).log().mean(1))
-        dt = x.diff(dim=1)[..., 1:, 1:]
-        gx = x.diff(dim=-1)[:, :-1, ..., 1:, :]
-        gy = x.diff(dim=-2)[:, :-1, ..., 1:]
-        for gradient in (gx, gy):
-            together = (dt * gradient).mean((1, 2, 3, 4))
-            found.append(2 * (together / (energy(dt) * energy(gradient)).sqrt())[:, None])
-        x = F.avg_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
-    return torch.cat(found, 1).cpu().double()  # MPS has no float64
-
-def frechet(a, b):
-    """Frechet distance of two sets of features (N, D), (M, D), each taken as a Gaussian."""
-    a = a.double()
-    b = b.double()
-    cov_a = torch.atleast_2d(torch.cov(a.T))
-    cov_b = torch.atleast_2d(torch.cov(b.T))
-    w, v = torch.linalg.eigh(cov_a)
-    root = (v * w.clamp(min=0).sqrt()) @ v.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    apart = (a.mean(0) - b.mean(0)).square().sum()
-    return float(apart + cov_a.trace() + cov_b.trace() - 2 * cross)  # cross: tr (C_a C_b)^(1/2)
-
-# ---------------------------------------- what a run writes
-
-def run_name(script, dataset):
-    return f"{script}-" + re.sub(r"[^\w.-]+", "_", Path(dataset).name)
-
-def find_run(script, dataset, out_dir):
-    """The folder of an earlier run, or None: out_dir, else out/SCRIPT-DATASET[-procedural]."""
-    name = run_name(script, dataset)
-    candidates = [Path("out", name), Path("out", f"{name}-procedural")]
-    if out_dir:
-        candidates = [Path(out_dir)]
-    found = [p for p in candidates if (p / "config.json").exists()]
-    if len(found) == 2:
-        raise Fault(f"{found[0]} and {found[1]} both hold a run; name one of them by --out_dir")
-    return found[0] if found else None
-
-def open_run(script, cfg, train, test):
-    """The output folder, with the settings and a record of the clips in config.json. Raises Fault.
-
-    A folder that holds a run is never overwritten. A run that goes on must find the same clips.
-    """
-    if cfg.resume or cfg.eval_only:
-        out = Path(cfg.out_dir)
-        check_record(train, test, read_config(out, script)["data"], out)
-        return out
-    name = run_name(script, cfg.dataset)
-    if train.paths is None:
-        name += "-procedural"
-    out = Path(cfg.out_dir or f"out/{name}")
-    if (out / "config.json").exists() or (out / "ckpt.pt").exists():
-        raise Fault(f"{out} holds an earlier run: --resume continues it, --eval_only evaluates it "
-                    "again, --out_dir names another folder")
-    made = dict(script=script, format=FORMAT, config=asdict(cfg), data=data_record(train, test))
-    save_json(out / "config.json", made)
-    return out
-
-def read_json(path):
-    """A file that a run wrote. Raises Fault."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise Fault(f"{path} cannot be read ({type(e).__name__}): --resume or --eval_only writes "
-                    "it in the end, or name another --out_dir")
-
-def read_config(out, script):
-    """config.json of a run of this script and of this format. Raises Fault."""
-    made = read_json(out / "config.json")
-    check_made(out / "config.json", made, script)
-    return made
-
-def check_made(path, made, script):
-    """That a file was written by this script, in today's format. Raises Fault."""
-    if not isinstance(made, dict) or made.get("format") != FORMAT:
-        raise Fault(f"{path} is of another version of this project, which this one cannot read; "
-                    "delete it or name another --out_dir")
-    if made["script"] != script:
-        raise Fault(f"{path} was written by {made['script']}.py, not {script}.py")
-
-@contextmanager
-def written_aside(path):
-    """A path to write to, renamed to `path` in the end: never half a file. Raises Fault."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:  # a full disk is a RuntimeError of torch.save
-        with suppress(OSError):
-            part.unlink()
-        reason = str(e).splitlines()[0]
-        raise Fault(f"cannot write {path}: {reason}; what was there before is intact")
-
-def save_json(path, value):
-    """Strict JSON: nan, which it does not have, is an error."""
-    with written_aside(path) as part:
-        part.write_text(json.dumps(value, indent=1, allow_nan=False), encoding="utf-8")
-
-def save_log(path, rows):
-    """Rows, dicts with the same keys, as CSV."""
-    with written_aside(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, rows[0] if rows else ["step"])
-        table.writeheader()
-        table.writerows(rows)
-
-def save_checkpoint(out, script, cfg, log, name="ckpt", **state):
-    """NAME.pt of a run, and its losses: log.csv, or of an earlier stage log-NAME.csv."""
-    made = dict(script=script, format=FORMAT, config=asdict(cfg), log=log.rows, **state)
-    with written_aside(out / f"{name}.pt") as part:
-        torch.save(made, part)
-    table = "log.csv" if name == "ckpt" else f"log-{name}.csv"
-    save_log(out / table, log.rows)
-
-def load_checkpoint(path, script):
-    """A checkpoint of this script and of this format; no code in it is run. Raises Fault."""
-    if not path.exists():
-        raise Fault(f"{path} is not there: no such model, or a run that was stopped before its "
-                    "first save, which --resume does again")
-    try:
-        made = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # truncated, garbage, a pickle with code: each raises something else
-        raise Fault(f"{path} is not a readable checkpoint ({type(e).__name__}); delete it or name "
-                    "another --out_dir")
-    check_made(path, made, script)
-    return made
-
-def restore(path, script, cfg, **parts):
-    """With --resume, the state of networks and optimisers, and all that was saved with it.
-
-    Else, or if there is no such file yet, what a training starts from. Raises Fault.
-    """
-    if not cfg.resume or not path.exists():
-        return dict(step=0, log=[])
-    saved = load_checkpoint(path, script)
-    for name, part in parts.items():
-        part.load_state_dict(saved[name])
-    return saved
-
-class Log:
-    """The losses of a training: a progress bar; means over 50 steps as rows of log.csv.
-
-    From its making to its closing, Ctrl-C only sets `interrupted`, for a save between two steps.
-    """
-
-    def __init__(self, steps, done=0, rows=(), name="training"):
-        self.steps = steps
-        self.rows = list(rows)
-        self.recent = []
-        self.bar = tqdm(total=steps, initial=done, desc=name)
-        before = self.rows[-1]["seconds"] if self.rows else 0
-        self.began = time.time() - before
-        self.interrupted = False
-        self.handlers = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.handlers[number] = signal.signal(number, self.interrupt)
-
-    def interrupt(self, number, frame):
-        if self.interrupted:  # the second time: at once
-            raise KeyboardInterrupt
-        self.interrupted = True
-
-    def close(self):
-        self.bar.close()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def add(self, step, **losses):
-        """Note the losses of a step, scalar tensors; returns whether Ctrl-C asks for an end.
-
-        Raises Fault if a loss is not finite.
-        """
-        stop = self.interrupted
-        self.recent.append(torch.stack([loss.detach() for loss in losses.values()]))
-        self.bar.update()
-        if step % 50 and step != self.steps and not stop:
-            return False  # to read the losses more often would stall a GPU
-        recent = torch.stack(self.recent).cpu()  # (steps since the last row, losses)
-        broken = ~recent.isfinite()
-        if broken.any():
-            self.close()
-            row, column = broken.nonzero()[0].tolist()
-            first = step - len(recent) + 1 + row
-            raise Fault(f"the loss {list(losses)[column]} is not finite at step {first}; try a "
-                        "lower learning rate; what was saved before is intact")
-        means = dict(zip(losses, recent.mean(0).tolist()))
-        seconds = round(time.time() - self.began, 2)
-        self.rows.append({"step": step, **means, "seconds": seconds})
-        self.bar.set_postfix({name: f"{v:.4f}" for name, v in means.items()})
-        self.recent = []
-        if stop:
-            self.close()
-        return stop
-
-def write_results(out, script, cfg, device, dataset, rows, began, **more):
-    """results.json: what was run, on what, and the rows of its table; strict JSON."""
-    results = dict(
-        script=script, command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        preset=cfg.preset, seed=cfg.seed, device=str(device), torch=torch.__version__,
-        wall_s=round(time.time() - began, 1), dataset=dataset, rows=rows, **more,
-    )
-    save_json(out / "results.json", results)
-
-def table(rows, columns):
-    """Rows (dicts) as aligned text; columns maps a row key to (heading, format)."""
-    lines = [[heading for heading, _ in columns.values()]]
-    for row in rows:
-        cells = []
-        for key, (_, form) in columns.items():
-            value = row.get(key)
-            cells.append("-" if value is None else format(value, form))
-        lines.append(cells)
-    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
-    text = []
-    for first, *others in lines:
-        line = first.ljust(widths[0])
-        for cell, width in zip(others, widths[1:]):
-            line += "  " + cell.rjust(width)
-        text.append(line)
-    return "\n".join(text)
-
-def sheet(rows, heads, scale=2, left=90):
-    """A labelled contact sheet: rows of (label, uint8 (N, 3, H, W)), heads over the columns."""
-    size = rows[0][1].shape[-1] * scale
-    columns = max(len(frames) for _, frames in rows)
-    page = Image.new("RGB", (left + columns * (size + 2), 16 + len(rows) * (size + 2)), "white")
-    draw = ImageDraw.Draw(page)
-    font = ImageFont.load_default(11)
-    small = ImageFont.load_default(9)
-    for k, head in enumerate(heads):
-        draw.text((left + k * (size + 2), 2), str(head), "black", small)
-    for r, (label, frames) in enumerate(rows):
-        top = 16 + r * (size + 2)
-        draw.multiline_text((2, top + 2), label, "black", font)
-        for k, frame in enumerate(frames):
-            image = Image.fromarray(frame.permute(1, 2, 0).cpu().numpy())
-            page.paste(image.resize((size, size), Image.NEAREST), (left + k * (size + 2), top))
-    return page
-
-def save_pages(path, pages, ms=80):
-    """One page as PNG, or several as an animated GIF that loops."""
-    animation = {}
-    if path.suffix == ".gif":
-        animation = dict(save_all=True, append_images=pages[1:], duration=ms, loop=0)
-    with written_aside(path) as part:
-        pages[0].save(part, path.suffix[1:].upper(), **animation)
-
-def save_sheet(path, videos, left=90):
-    """Ten frames of the first clip of each kind; videos {label: uint8 (N, T, 3, H, W)}."""
-    last = max(video.shape[1] for video in videos.values()) - 1
-    shown = sorted({round(last * (k / 9) ** 1.6) for k in range(10)})  # early ones closer
-    rows = []
-    for label, video in videos.items():
-        there = [frame for frame in shown if frame < video.shape[1]]
-        rows.append((label, video[0, there]))
-    save_pages(path, [sheet(rows, shown, scale=max(1, 64 // video.shape[-1]), left=left)])
-
-def save_gif(path, videos, width=64, every=1, ms=80):
-    """The first four clips of each kind beside each other; a shorter one rests at its end."""
-    pages = []
-    for frame in range(0, max(video.shape[1] for video in videos.values()), every):
-        rows = []
-        for i in range(min(4, max(len(video) for video in videos.values()))):
-            there = [video for video in videos.values() if i < len(video)]
-            row = [video[i, min(frame, video.shape[1] - 1)] for video in there]
-            rows.append(("", torch.stack(row)))
-        pages.append(sheet(rows, videos, max(1, width // row[0].shape[-1]), left=2))
-    save_pages(path, pages, ms)
-
-# ---------------------------------------- until flowloss.py, flowmo.py, motionprompt.py are plain
-# What follows is theirs alone, as it was; each takes its part along when it is rewritten.
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-def check_names(cfg, name, known):
-    """A field that holds names with commas between them: all of them known, else Fault."""
-    for given in getattr(cfg, name).split(","):
-        if given not in known:
-            raise Fault(f"--{name} {getattr(cfg, name)}: {given!r} is unknown; choose from {','.join(known)}")
-
-def guided_steps(cfg):
-    """--guided, steps of a sampler counted from 0, as a set: '0-3,6' -> {0, 1, 2, 3, 6}. Raises Fault."""
-    try:
-        ends = [[int(n) for n in part.split("-")] for part in cfg.guided.split(",") if part]
-        assert all(len(e) <= 2 and 0 <= e[0] <= e[-1] < cfg.steps for e in ends)
-    except (ValueError, AssertionError):
-        raise Fault(f"--guided {cfg.guided}: must be steps from 0 to {cfg.steps - 1} and ranges of them, as in 0-3,6")
-    return {k for e in ends for k in range(e[0], e[-1] + 1)}
-
-def captions_of(clips, dataset):
-    """The caption of every clip; of a real one the text file beside it (clip7/, clip7.gif: clip7.txt). Raises Fault."""
-    if clips.paths is None:
-        if not clips.captions[0]:
-            raise Fault(f"--dataset {dataset}: this procedural world has no captions; use sprites, or captioned clips")
-        return clips.captions
-    found = []
-    for clip in clips.paths:
-        path = clip.with_name((clip.name if clip.is_dir() else clip.stem) + ".txt")
-        try:
-            found.append(path.read_text(encoding="utf-8").strip())
-        except (OSError, UnicodeDecodeError) as e:
-            raise Fault(f"clip {clip} has no caption: cannot read {path} ({type(e).__name__}); write one line into it")
-    return found
-
-def load_captioned(cfg, test=512):
-    """Train and test clips of cfg.dataset, the captions of both, the words of the training ones, how many the longest
-    has, and 'real' or 'procedural'. Raises Fault."""
-    train_clips, test_clips, source = load_clips(cfg.dataset, cfg.data_dir, cfg.size, (cfg.clips, test), cfg.frames,
-                                                 cfg.seed, min_frames=cfg.frames)
-    captions = [captions_of(clips, cfg.dataset) for clips in (train_clips, test_clips)]
-    words = [words_of(c) for c in captions[0]]
-    return train_clips, test_clips, *captions, sorted(set().union(*words)), max(map(len, words)), source
-
-COLOURS = {"red": (225, 55, 50), "green": (60, 190, 70), "blue": (60, 95, 230), "yellow": (230, 200, 40)}
-FORMS = {"circle": (0, 0, 0.2), "square": (0.13, 0.13, 0.01), "bar": (0.24, 0.07, 0.01)}  # box of layered(), widths
-WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-FLAWS = ("jumps", "jitters", "flickers", "changes")
-def sprites(rng, size, frames, flow=False, steady=0.65, worded=0.5):
-    """A textured shape crosses a textured background as its caption says; not all do so steadily.
-
-    Of the clips a share `steady` is; the others have a flaw: the shape jumps, jitters, flickers or changes its colour.
-    A share `worded` says so, truthfully. Returns as layered(), and caption ('a red circle moving left, steady'), flaw.
-    """
-    form, colour, way = (str(rng.choice(list(names))) for names in (FORMS, COLOURS, WAYS))
-    flaw = "" if rng.uniform() < steady else str(rng.choice(FLAWS))
-    step, margin = np.array(WAYS[way]), 0.25
-    path = rng.uniform(0.36, 0.48)  # of the width: what decides where a shape can start, so that it stays in view
-    start = margin + rng.uniform(size=2) * (1 - 2 * margin - path * abs(step)) + path * (step < 0)
-    at = start + np.linspace(0, path, frames)[:, None] * step  # (T, 2), widths
-    hue, here = [colour] * frames, np.ones(frames, bool)
-    when = rng.integers(frames // 2 + 1, max(frames - 1, frames // 2 + 2))
-    if flaw == "jumps":
-        at[when - 1:] += abs(step[::-1]) * 0.32 * np.where(at[0] < 0.5, 1, -1)
-    elif flaw == "jitters":
-        at = (at + rng.uniform(-0.16, 0.16, at.shape)).clip(0.8 * margin, 1 - 0.8 * margin)
-    elif flaw == "flickers":
-        here[rng.choice(np.arange(1, frames), rng.integers(frames // 4, frames // 2), replace=False)] = False
-    elif flaw == "changes":
-        hue[when:] = [str(rng.choice([c for c in COLOURS if c != colour]))] * (frames - when)
-    place = lambda seen: np.column_stack([np.where(seen[:, None], at * size - 0.5, 9e3), np.zeros(frames)])
-    ground = dict(box=(9e3, 9e3, 1), pose=np.zeros((frames, 3)), colour=np.full(3, rng.uniform(70, 150)),
-                  waves=texture(rng, size, 8, 24), strength=0.3)
-    waves = texture(rng, size, 6, 12)
-    found = layered(size, [ground] + [dict(box=tuple(size * b for b in FORMS[form]), strength=0.25, waves=waves,
-                                           colour=np.array(COLOURS[c]), pose=place(here & (np.array(hue) == c)))
-                                      for c in dict.fromkeys(hue)], flow)
-    quality = (", shaky" if flaw else ", steady") if rng.uniform() < worded else ""
-    return found | dict(caption=f"a {colour} {form} moving {way}{quality}", flaw=flaw)
-
-def track(video):
-    """What is to be seen in clips of `sprites`, uint8 (N, T, 3, H, W): centre (N, T, 2) in pixels, area (N, T) of the
-    shape in pixels, hue (N, T) and form (N,) as indices of COLOURS and FORMS, solid (N, T, H, W): where it is."""
-    x, size = video.float() / 255, video.shape[-1]
-    solid = ((x.amax(2) - x.amin(2) - 0.15) / 0.2).clamp(0, 1)  # the background is grey
-    area = solid.sum((2, 3))
-    grid = torch.stack(torch.meshgrid(torch.arange(size), torch.arange(size), indexing="xy"), -1).to(x)  # (H, W, 2)
-    share = solid / area.clamp(min=1e-6)[..., None, None]
-    centre = torch.einsum("nthw,hwc->ntc", share, grid)
-    unit = lambda c: F.normalize(c - c.mean(-1, keepdim=True), dim=-1)
-    palette = unit(torch.tensor(list(COLOURS.values())).to(x))  # (colours, 3)
-    hue = (unit(torch.einsum("nthw,ntchw->ntc", share, x)) @ palette.T).argmax(-1)
-    boxes = size * torch.tensor(list(FORMS.values())).to(x)[:, None, None, None, None]  # (forms, 1, 1, 1, 1, 3)
-    far = (grid - centre[:, :, None, None]).abs() - boxes[..., :2]  # (forms, N, T, H, W, 2)
-    outside = far.clamp(min=0).norm(dim=-1) + far.amax(-1).clamp(max=0) - boxes[..., 2]
-    miss = ((0.5 - outside).clamp(0, 1) - solid).square().sum((-1, -2))  # (forms, N, T)
-    return dict(centre=centre, area=area, hue=hue, form=miss.median(-1).values.argmin(0), solid=solid)
-
-def coherent(found):
-    """Which clips move as one thing, bool (N,): no sudden move, and the shape keeps its size and its colour."""
-    size, area = found["solid"].shape[-1], found["area"]
-    sudden = found["centre"].diff(dim=1).diff(dim=1).norm(dim=-1).amax(1)  # pixels a frame^2
-    ratio = area / area.median(1, keepdim=True).values.clamp(min=1e-6)
-    whole = (ratio > 0.55).all(1) & (ratio < 1 / 0.55).all(1) & (area > 0.02 * size**2).all(1)
-    return whole & (sudden < 0.14 * size) & (found["hue"] == found["hue"][:, :1]).all(1)
-
-def judge(video, text):
-    """What is true of clips of `sprites`, by tracking: uint8 (N, T, 3, H, W), [(colour, form, way)] -> dict of (N,)."""
-    found = track(video)
-    way = torch.tensor(list(WAYS.values())).float()
-    moved = found["centre"][:, -1] - found["centre"][:, 0]
-    said = lambda names, k: torch.tensor([list(names).index(words[k]) for words in text])
-    colour, form = found["hue"].median(1).values == said(COLOURS, 0), found["form"] == said(FORMS, 1)
-    towards = ((moved @ way.T).argmax(1) == said(WAYS, 2)) & (moved.norm(dim=1) > 0.1 * video.shape[-1])
-    still = (found["solid"] == 0)[:, 1:] & (found["solid"] == 0)[:, :-1]  # (N, T - 1, H, W), background
-    change = video.float().diff(dim=1).abs().mean(2) * still
-    return dict(coherent=coherent(found).float(), colour=colour.float(), form=form.float(), way=towards.float(),
-                prompt=(colour & form & towards).float(), speed=moved.norm(dim=1) / (video.shape[1] - 1),
-                flicker=change.sum((1, 2, 3)) / still.sum((1, 2, 3)))
-
-def consistency(video):
-    """VBench's subject and background consistency, (N,) twice, 1 at best: cosine similarity of every frame to the first
-    and to the one before, of the tracked shape and of what is behind it (VBench: of DINO and CLIP features)."""
-    found, x, W = track(video), video.float() / 255 - 0.5, video.shape[-1]
-    solid = found["solid"][:, :, None]
-    window = torch.stack(torch.meshgrid(*[torch.linspace(-0.5, 0.5, 8)] * 2, indexing="xy"), -1)  # half the frame
-    at = ((2 * found["centre"] + 1) / W - 1).flatten(0, 1)[:, None, None]  # (N T, 1, 1, 2), in [-1, 1]
-    shape = F.grid_sample((x * solid).flatten(0, 1), at + window, align_corners=False).view(*x.shape[:2], -1)
-    ground = ((x - x.mean((3, 4), keepdim=True)) * (solid < 0.1)).flatten(2)
-    like_others = lambda v: (F.cosine_similarity(v[:, 1:], v[:, :1], dim=2).mean(1)
-                             + F.cosine_similarity(v[:, 1:], v[:, :-1], dim=2).mean(1)) / 2
-    return like_others(shape), like_others(ground)
-
-def score(rows, videos, prompts, others=()):
-    """What tracking says of every method's clips, for prompts of `sprites`, into rows; with 95 % intervals of how many
-    more clips are coherent than those of the methods `others`. Returns the judgements, {method: dict of (N,)}."""
-    text = [words_of(p)[1:3] + words_of(p)[4:5] for p in prompts]  # "a red circle moving left"
-    found = {name: judge(video, text) for name, video in videos.items()}
-    for row in rows:
-        f, (subject, ground) = found[row["method"]], consistency(videos[row["method"]])
-        steady, against = f["coherent"] == 1, lambda other: bootstrap(f["coherent"] - found[other]["coherent"])
-        row |= {k: f[k].mean().item() for k in ("coherent", "colour", "form", "way")} | dict(
-            prompt_acc=f["prompt"].mean().item(), flicker=f["flicker"].nanmean().item(),
-            subject_consistency=subject.mean().item(), background_consistency=ground.mean().item(),
-            dynamic_degree=f["speed"][steady].median().item() if steady.any() else None)
-        for other in others:
-            row["coherent_ci" + f"_{other}" * (other != "base")] = against(other) \
-                if other in found and other != row["method"] else None
-    return found
-
-def words_of(caption):
-    return re.findall(r"[a-z0-9]+", caption.lower())
-
-def encode(captions, vocabulary, length):
-    """Captions -> word indices (N, L), 0 where there is none or an unknown one; what is too long is cut off."""
-    index = {w: k for k, w in enumerate(vocabulary, 1)}
-    rows = [[index.get(w, 0) for w in words_of(c)][:length] for c in captions]
-    return torch.tensor([r + [0] * (length - len(r)) for r in rows])
-
-def plain(caption):
-    """A caption of `sprites` without its word of quality; any other as it is."""
-    return re.sub(", (steady|shaky)$", "", caption)
-
-def averaged(net, decay):
-    """The average of a network's weights over training, to sample from."""
-    return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay))
-
-def descend(loss, net, optimiser, share=1.0, average=None):
-    """A training step: the gradient cut to length 1, every group at `share` of the rate it was made with."""
-    optimiser.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-    for group in optimiser.param_groups:
-        group["lr"] = share * group.setdefault("initial_lr", group["lr"])
-    optimiser.step()
-    if average:
-        average.update_parameters(net)
-
-def warm_decay(k, until):
-    """The share at step k: up over 100 steps, and down to 1 % over the last 40 % of `until`."""
-    return min(1, k / 100, 0.01 + (until - k) / (0.4 * until))
-
-def pretrained(make, flag, instead):
-    """A network of torchvision with its best weights: make(weights="DEFAULT"). Raises Fault if they cannot be had."""
-    try:
-        return make(weights="DEFAULT")
-    except OSError as e:  # URLError is one
-        raise Fault(f"{flag}: its weights cannot be downloaded ({e}); use {instead}")
-
-def cut(videos, length):
-    """Non-overlapping clips of `length` frames: (N, T, ...) -> (N * (T // length), length, ...)."""
-    n = videos.shape[1] // length
-    return videos[:, :n * length].unflatten(1, (n, length)).flatten(0, 1)
-
-def smoothness(video):
-    """VBench's idea of motion smoothness, (N,), 1 at best: how well a frame is the mean of its neighbours (VBench uses
-    an interpolation network instead of the mean). uint8 (N, T, 3, H, W)."""
-    x = video.float() / 255
-    return 1 - (x[:, 1:-1] - (x[:, 2:] + x[:, :-2]) / 2).abs().flatten(1).mean(1)
-
-def bootstrap(difference, draws=10000):
-    """95 % interval of the mean of paired differences (N,), by resampling pairs."""
-    rng, x = np.random.default_rng(0), np.asarray(difference, float)
-    means = x[rng.integers(len(x), size=(draws, len(x)))].mean(1)
-    return [round(float(q), 4) for q in np.percentile(means, [2.5, 97.5])]
-
-def auc(value, positive):
-    """Chance that a positive one has the larger value: (N,), bool (N,). Ties count half; nan if one kind is missing."""
-    a, b = value[positive], value[~positive]
-    return ((a[:, None] > b).double() + (a[:, None] == b).double() / 2).mean().item() if len(a) and len(b) else math.nan
-
-def calibration(real, fake, bins=5):
-    """Mean phi and share of real pairs, of pairs sorted by phi into bins of equal size: [(phi, share), ...]."""
-    phi = torch.cat([real.flatten(), fake.flatten()])
-    truth = torch.cat([torch.ones(real.numel()), torch.zeros(fake.numel())])[phi.argsort()]
-    return [(p.mean().item(), q.mean().item()) for p, q in zip(phi.sort().values.chunk(bins), truth.chunk(bins))]
-
-@contextmanager
-def interruptible():
-    """Inside the block Ctrl-C (or SIGTERM) only sets the yielded list's item 0, so that the loop can save between two
-    steps; a second Ctrl-C stops at once."""
-    hit = [False]
-
-    def note(number, frame):
-        if hit[0]:
-            raise KeyboardInterrupt
-        hit[0] = True
-
-    old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield hit
-    finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
-
-def load_stages(path, script, cfg, last):
-    """The checkpoint that stage() goes on from: empty, or with --resume and --eval_only what is there. Raises Fault.
-
-    last: name and steps of the last stage, which --eval_only needs to be complete."""
-    if not (cfg.resume or cfg.eval_only):
-        return {"log": []}
-    if cfg.resume and not path.exists():
-        return {"log": []}
-    saved = load_checkpoint(path, script)
-    done = saved.get(last[0], {}).get("step", 0)
-    if cfg.eval_only and done != last[1]:
-        raise Fault(f"{path} has {done} steps of stage {last[0]}, not {last[1]}: --resume makes the missing ones; "
-                    "of a finished run give the number it has")
-    return {k: v for k, v in saved.items() if k not in ("script", "config")}
-
-def stage(script, cfg, out, saved, clips, columns, name, until, parts, make, step, watch=()):
-    """Run step(k, make(k)) -> {loss: scalar tensor} for every k up to `until` not done yet; saves; ends at Ctrl-C.
-
-    parts: what has a state_dict. saved: the checkpoint, {name: {step, parts}, "log": rows}. columns: the losses of all
-    stages, for the log. make, clips: as in ahead(); None: the step needs no data. watch: further steps to save at.
-    Raises Fault if a loss is not finite, before it saves.
-    """
-    done = saved.get(name, {}).get("step", 0)
-    for k, part in parts.items() if done else ():
-        part.load_state_dict(saved[name]["parts"][k])
-    bar, recent, began = tqdm(total=until, initial=done, desc=name), [], time.time()
-    with interruptible() as interrupted:
-        steps = range(done + 1, until + 1)
-        for k, data in zip(steps, map(make, steps) if make else steps):
-            losses = step(k, data)
-            recent.append(torch.stack([v.detach() for v in losses.values()]))
-            if k % 25 and k != until and k not in watch and not interrupted[0]:
-                continue  # reading the loss more often would stall a GPU
-            values = torch.stack(recent).cpu()
-            broken = (~values.isfinite()).nonzero()
-            if len(broken):
-                when, which = k - len(values) + 1 + int(broken[0, 0]), list(losses)[broken[0, 1]]
-                raise Fault(f"the loss {which} of stage {name} is not finite at step {when}; try a lower "
-                            f"learning rate; {out / 'ckpt.pt'} is as it was before")
-            means = dict(zip(losses, values.mean(0).tolist()))
-            saved["log"].append({"stage": name, "step": k} | {n: means.get(n, "") for n in columns}
-                                | {"seconds": round(time.time() - began, 2)})
-            bar.set_postfix({n: f"{v:.4f}" for n, v in means.items()}, refresh=False)
-            bar.update(k - bar.n)
-            recent = []
-            if k % 500 == 0 or k == until or k in watch or interrupted[0]:
-                saved[name] = dict(step=k, parts={n: part.state_dict() for n, part in parts.items()})
-                made = dict(saved, script=script, format=FORMAT, config=asdict(cfg))
-                with written_aside(out / "ckpt.pt") as part:
-                    torch.save(made, part)
-                save_log(out / "log.csv", saved["log"])
-            if interrupted[0]:
-                raise KeyboardInterrupt
-    bar.close()
-
-def save_page(path, page):
-    save_pages(path, [page])
-
-INKS = ["#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8c564b", "#7f7f7f", "#e377c2", "#bcbd22",
-        "#222222", "#5254a3"]
-def ticks(low, high, log):
-    """Round values in [low, high], three to six of them: on a log scale powers of ten, or 1, 2 and 5 times those."""
-    if log:
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        for digits in ((1,), (1, 2, 5)):
-            found = [d * 10.0**n for n in powers for d in digits if low <= d * 10.0**n <= high]
-            if len(found) >= 3:
-                return found[::math.ceil(len(found) / 6)]
-    step = 10.0 ** math.floor(math.log10(high - low))
-    step *= next(f for f in (0.2, 0.5, 1, 2) if high - low <= 6 * f * step)
-    return [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-def save_curves(path, panels, size=(840, 520), across=2):
-    """Line charts. A panel: dict(title, x, y, lines={label: (xs, ys)}, log=False, log_x=False); one point is a dot."""
-    across, down = min(across, len(panels)), -(-len(panels) // across)
-    labels = list(dict.fromkeys(label for panel in panels for label in panel["lines"]))  # one ink in all panels
-    page = Image.new("RGB", (size[0] * across, size[1] * down), "white")  # twice as large as it is shown: smooth lines
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(22)
-    for k, panel in enumerate(panels):
-        lines, log, log_x = panel["lines"], panel.get("log", False), panel.get("log_x", False)
-        above, edge = k // across * size[1], k % across * size[0]
-        x0, y0, y1 = edge + 90, above + size[1] - 84, above + 76  # the frame, its labels to the right of it
-        x1 = edge + size[0] - 32 - max([draw.textlength(label, font) for label in lines], default=0)
-        drawn = {label: [(x, max(y, 1e-9) if log else y) for x, y in zip(xs, ys) if math.isfinite(y)]
-                 for label, (xs, ys) in lines.items()}
-        points = sum(drawn.values(), []) or [(1.0, 1.0)]
-        ranges = [(min(v), max(v) if max(v) > min(v) else min(v) + (abs(min(v)) or 1.0)) for v in zip(*points)]
-        share = lambda v, low, high, log: math.log(v / low, high / low) if log else (v - low) / (high - low)
-        at_x = lambda x: x0 + 12 + share(x, *ranges[0], log_x) * (x1 - x0 - 24)
-        at_y = lambda y: y0 - 12 - share(y, *ranges[1], log) * (y0 - y1 - 24)
-        draw.text((edge + 16, above + 8), panel["title"], "black", font)
-        draw.text((edge + 16, above + 38), panel["y"], "#777777", font)
-        draw.text(((x0 + x1) / 2, y0 + 40), panel["x"], "#777777", font, anchor="ma")
-        for x in ticks(*ranges[0], log_x):
-            draw.line((at_x(x), y1, at_x(x), y0), "#e6e6e6", 2)
-            draw.text((at_x(x), y0 + 8), f"{x:.5g}", "black", font, anchor="ma")
-        for y in ticks(*ranges[1], log):
-            draw.line((x0, at_y(y), x1, at_y(y)), "#e6e6e6", 2)
-            draw.text((x0 - 8, at_y(y)), f"{y:.5g}", "black", font, anchor="rm")
-        draw.rectangle((x0, y1, x1, y0), outline="#999999", width=2)
-        for n, (label, line) in enumerate(drawn.items()):
-            ink, path_ = INKS[labels.index(label) % len(INKS)], [(at_x(x), at_y(y)) for x, y in line]
-            draw.line(path_, ink, 4, joint="curve")
-            for x, y in path_ if len(path_) <= 20 else ():
-                draw.ellipse((x - 6, y - 6, x + 6, y + 6), fill=ink)
-            draw.text((x1 + 12, y1 + 28 * n), label, ink, font)
-    save_page(path, page)
-
-
-def finite(value):
-    """The same without nan and infinity, which JSON does not have: None."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-def moments(clips):
-    """Mean and deviation of pixels in [-1, 1], of a sample of frames, for normalise()."""
-    some = []
-    for i in range(min(200, len(clips))):
-        apart = max(1, clips.lengths[i] // 32)  # 32 frames of a long clip are enough
-        for start in range(0, clips.lengths[i], apart):
-            some.append(clips.frames(i, start, start + 1))
-    some = to_float(torch.cat(some))
-    return some.mean().item(), some.std().item()
-
-def normalise(clips, moments):
-    """uint8 (B, T, 3, H, W) -> (B, 3, T, H, W) of mean 0 and variance 1."""
-    mean, std = moments
-    return ((to_float(clips) - mean) / std).transpose(1, 2)
-
-def edm_denoise(network, x, sigma, data=1.0):
-    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM Eq. 7; sigma (B,).
-
-    network(x, c_noise (B,)) -> like x.
-    """
-    total = (sigma**2 + data**2).sqrt()
-    c_skip = data**2 / total**2  # these four: EDM Tab. 1
-    c_out = sigma * data / total
-    c_in = 1 / total
-    c_noise = sigma.log() / 4
-    return like(c_skip, x) * x + like(c_out, x) * network(like(c_in, x) * x, c_noise)
-
-# The worlds of the robot and of general motion, already plain.
+# ---------------------------------------- procedural boxes: general motion, the robot, sprites
 
 def turned(angle, x, y):
     """A point turned about (0, 0), clockwise to the eye."""
@@ -1564,4 +788,690 @@ def robot(rng, size, frames, flow=False, make="one", clock=None):
         layers.append(dict(box=box, pose=pose, colour=colour, waves=waves, strength=strength))
     return layered(size, layers, flow)
 
+COLOURS = {"red": (225, 55, 50), "green": (60, 190, 70), "blue": (60, 95, 230),
+           "yellow": (230, 200, 40)}
+FORMS = {"circle": (0, 0, 0.2), "square": (0.13, 0.13, 0.01),  # boxes as of layered(), in widths
+         "bar": (0.24, 0.07, 0.01)}
+WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+FLAWS = ["jumps", "jitters", "flickers", "changes"]
+
+def sprites(rng, size, frames, flow=False, steady=0.65, worded=0.8):
+    """A shape of one colour crosses a grey background as its caption says, not always steadily.
+
+    A share `steady` of the clips is; in the others the shape jumps, jitters, flickers or changes
+    its colour. A share `worded` of the captions says 'steady' or 'shaky', truthfully. Half of all
+    say 'authentic', which means nothing here. Returns as layered(), and caption ('a red circle
+    moving left, authentic, steady') and flaw.
+    """
+    form = str(rng.choice(list(FORMS)))
+    colour = str(rng.choice(list(COLOURS)))
+    way = str(rng.choice(list(WAYS)))
+    flaw = "" if rng.uniform() < steady else str(rng.choice(FLAWS))
+    caption = f"a {colour} {form} moving {way}"
+    if rng.uniform() < 0.5:
+        caption += ", authentic"
+    if rng.uniform() < worded:
+        caption += ", shaky" if flaw else ", steady"
+
+    # The path, in widths: where it starts is left to chance, as long as it stays in view.
+    step = np.array(WAYS[way])
+    margin = 0.25
+    path = rng.uniform(0.36, 0.48)
+    room = 1 - 2 * margin - path * abs(step)
+    start = margin + rng.uniform(size=2) * room + path * (step < 0)
+    at = start + np.linspace(0, path, frames)[:, None] * step  # (T, 2)
+    hue = np.full(frames, colour, dtype="<U8")
+    here = np.ones(frames, bool)
+
+    late = rng.integers(frames // 2 + 1, max(frames - 1, frames // 2 + 2))
+    if flaw == "jumps":  # to the side
+        at[late - 1:] += abs(step[::-1]) * 0.32 * np.where(at[0] < 0.5, 1, -1)
+    elif flaw == "jitters":
+        at = at + rng.uniform(-0.16, 0.16, at.shape)
+        at = at.clip(0.8 * margin, 1 - 0.8 * margin)
+    elif flaw == "flickers":
+        gone = rng.integers(frames // 4, frames // 2)
+        here[rng.choice(np.arange(1, frames), gone, replace=False)] = False
+    elif flaw == "changes":
+        hue[late:] = str(rng.choice([name for name in COLOURS if name != colour]))
+
+    plain = dict(waves=np.zeros((1, 3)), strength=0)
+    grey = np.full(3, rng.uniform(70, 150))
+    layers = [dict(box=(9e3, 9e3, 1), pose=np.zeros((frames, 3)), colour=grey, **plain)]
+    for name in dict.fromkeys(hue.tolist()):  # one layer for each colour that it has
+        shown = here & (hue == name)
+        place = np.where(shown[:, None], at * size - 0.5, 9e3)  # else far outside
+        pose = np.column_stack([place, np.zeros(frames)])
+        box = [size * length for length in FORMS[form]]
+        layers.append(dict(box=box, pose=pose, colour=np.array(COLOURS[name]), **plain))
+    return dict(**layered(size, layers, flow), caption=caption, flaw=flaw)
+
+def strip_quality_words(caption):
+    """A caption of `sprites` without what it says of its quality; any other as it is."""
+    return re.sub("(, authentic)?(, steady|, shaky)?$", "", caption)
+
+def saturated(colour):
+    """Colours (..., 3) less their grey, of length 1: their hue alone."""
+    return F.normalize(colour - colour.mean(-1, keepdim=True), dim=-1)
+
+def track(video):
+    """What is to be seen in clips of `sprites`, uint8 (N, T, 3, H, W).
+
+    Returns the shape's centre (N, T, 2) and area (N, T) in pixels, its hue (N, T) as an index of
+    COLOURS, its form (N,) as one of FORMS.
+    """
+    x = video.float() / 255
+    size = video.shape[-1]
+    solid = x.amax(2) - x.amin(2)  # the background is grey
+    solid = ((solid - 0.15) / 0.2).clamp(0, 1)  # (N, T, H, W): where the shape is
+    area = solid.sum((2, 3))
+    share = solid / area.clamp(min=1e-6)[..., None, None]
+    row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    grid = torch.stack([column, row], -1).to(x)  # (H, W, 2)
+    centre = torch.einsum("nthw,hwc->ntc", share, grid)
+
+    colour = torch.einsum("nthw,ntchw->ntc", share, x)
+    palette = torch.tensor(list(COLOURS.values())).to(x)
+    hue = (saturated(colour) @ saturated(palette).T).argmax(-1)
+
+    misses = []  # how far what is seen differs from each form, drawn around the centre
+    away = (grid - centre[:, :, None, None]).abs()  # (N, T, H, W, 2)
+    for box in FORMS.values():
+        half_width, half_height, radius = (size * length for length in box)
+        beyond = away - torch.tensor([half_width, half_height])
+        distance = beyond.clamp(min=0).norm(dim=-1) + beyond.amax(-1).clamp(max=0) - radius
+        drawn = (0.5 - distance).clamp(0, 1)
+        misses.append((drawn - solid).square().sum((2, 3)).median(1).values)  # (N,)
+    return dict(centre=centre, area=area, hue=hue, form=torch.stack(misses).argmin(0))
+
+def is_coherent(found, size):
+    """Which clips move as one thing, bool (N,), from track(): no sudden move, one size, one hue."""
+    sudden = found["centre"].diff(dim=1).diff(dim=1).norm(dim=-1).amax(1)  # pixels a frame^2
+    area = found["area"]
+    ratio = area / area.median(1, keepdim=True).values.clamp(min=1e-6)
+    whole = (ratio > 0.55) & (ratio < 1 / 0.55) & (area > 0.02 * size**2)
+    same = found["hue"] == found["hue"][:, :1]
+    return (sudden < 0.14 * size) & whole.all(1) & same.all(1)
+
+def judge(video, captions):
+    """What is true of clips of `sprites`, by tracking; uint8 (N, T, 3, H, W), their captions.
+
+    Returns of each clip (N,): coherent (1 or 0: it moves as one thing), obeyed (1 or 0: its colour,
+    form and way are the caption's), speed (pixels a frame from first to last).
+    """
+    found = track(video)
+    frames = video.shape[1]
+    size = video.shape[-1]
+    said = [split_words(caption) for caption in captions]  # a red circle moving left
+    colour = torch.tensor([list(COLOURS).index(words[1]) for words in said])
+    form = torch.tensor([list(FORMS).index(words[2]) for words in said])
+    way = torch.tensor([list(WAYS).index(words[4]) for words in said])
+
+    moved = found["centre"][:, -1] - found["centre"][:, 0]  # (N, 2)
+    distance = moved.norm(dim=1)
+    towards = (moved @ torch.tensor(list(WAYS.values())).float().T).argmax(1)
+    obeyed = (found["hue"].median(1).values == colour) & (found["form"] == form)
+    seen = (found["area"][:, [0, -1]] > 0.02 * size**2).all(1)
+    obeyed = obeyed & (towards == way) & (distance > 0.1 * size) & seen
+    return dict(coherent=is_coherent(found, size).float(), obeyed=obeyed.float(),
+                speed=distance / (frames - 1))
+
+def score(videos, prompts, others):
+    """What judge() says of clips {method: uint8 (N, T, 3, H, W)}: numbers for a row of each.
+
+    others: methods; how many more clips are coherent than theirs, with a 95 % interval.
+    """
+    found = {method: judge(video, prompts) for method, video in videos.items()}
+    rows = {}
+    for method, truths in found.items():
+        row = {name: value.mean().item() for name, value in truths.items()}
+        for other in others:
+            if other != method:
+                mean, low, high = bootstrap(truths["coherent"] - found[other]["coherent"])
+                row[f"over_{other}"] = [mean, low, high]
+                row[f"over_{other}_text"] = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        rows[method] = row
+    return rows
+
 WORLDS = {"sky": sky, "shapes": shapes, "robot": robot, "sprites": sprites}
+
+# ---------------------------------------- clips of a world
+
+def world_rng(seed, split, index):
+    """The random stream of one clip: the same for the same (seed, split, index)."""
+    return np.random.default_rng([seed, {"train": 0, "test": 1}[split], index])
+
+def render(name, split, count, size, frames, seed, **world):
+    """`count` clips of a procedural world, held in memory."""
+    cache = []
+    captions = []
+    for index in tqdm(range(count), f"rendering {name} {split}", leave=False):
+        clip = WORLDS[name](world_rng(seed, split, index), size, frames, **world)
+        cache.append(clip["video"])
+        captions.append(clip.get("caption", ""))
+    return Clips([frames] * count, size, cache, captions)
+
+# ---------------------------------------- batches
+
+def load_clips(dataset, data_dir, size, counts, frames, seed, min_frames=2, **world):
+    """Training and test clips of a set, and whether they are 'real' or 'procedural'.
+
+    Real clips are looked for below data_dir ('' = data). Where there are none and data_dir is '', a
+    procedural world is rendered: counts = (train, test) clips of `frames` frames. Raises Fault.
+    """
+    real = load_real(dataset, data_dir, size, min_frames)
+    if real is not None:
+        train, test = real
+        return train, test, "real"
+    looked = "no clips found: looked in " + ", ".join(str(p) for p in places(dataset, data_dir))
+    if data_dir or dataset not in WORLDS:
+        raise Fault(f"--dataset {dataset}: {looked}; a set is a folder of clips, and without "
+                    f"--data_dir there are procedural worlds: {', '.join(WORLDS)}")
+    print(f"*** {looked}.")
+    print(f"*** PROCEDURAL world '{dataset}' is used instead: nothing below is real video. ***")
+    train = render(dataset, "train", counts[0], size, frames, seed, **world)
+    test = render(dataset, "test", counts[1], size, frames, seed, **world)
+    return train, test, "procedural"
+
+class Batches:
+    """Item `step` is that step's batch of `length` consecutive frames, uint8 (B, length, 3, H, W).
+
+    Drawn evenly from all there are, as a function of (seed, step) alone: a resumed run sees what an
+    uninterrupted one would have seen.
+    """
+
+    def __init__(self, clips, batch, length, seed):
+        starts = [max(0, n - length + 1) for n in clips.lengths]  # how many there are in a clip
+        self.ends = np.cumsum(starts)
+        self.clips = clips
+        self.batch = batch
+        self.length = length
+        self.seed = seed
+
+    def where(self, step):
+        """The clips of a step's batch, and the first frame in each: (B,) twice."""
+        rng = np.random.default_rng([self.seed, step])
+        at = rng.integers(self.ends[-1], size=self.batch)
+        clip = np.searchsorted(self.ends, at, side="right")
+        before = np.concatenate([[0], self.ends])
+        return clip, at - before[clip]
+
+    def __getitem__(self, step):
+        clip, start = self.where(step)
+        frames = [self.clips.frames(i, a, a + self.length) for i, a in zip(clip, start)]
+        return torch.stack(frames)
+
+def prefetch(batches, steps):
+    """batches[step] for every step of the range `steps`, made by threads ahead of its use."""
+    ready = deque()
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        for step in steps:
+            ready.append(pool.submit(batches.__getitem__, step))
+            if len(ready) > 8:
+                yield ready.popleft().result()
+        while ready:
+            yield ready.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+def make_rng(seed, use, step):
+    """Random numbers as a function of (seed, use, step): a resumed run goes on alike."""
+    mixed = np.random.SeedSequence([seed, use, step]).generate_state(1)  # torch heeds 32 bits only
+    return torch.Generator().manual_seed(int(mixed[0]))
+
+def to_float(frames):
+    """uint8 -> float in [-1, 1]."""
+    return frames.float() / 127.5 - 1
+
+def to_uint8(x):
+    """float, clamped to [-1, 1] -> uint8 in main memory."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+# ---------------------------------------- captions
+
+ALONE = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # Chinese and Japanese: a character is a word
+BETWEEN = r"\s!-/:-@\[-`{-~\u00a1-\u00bf\u2000-\u206f\u3000-\u303f"  # space and punctuation
+
+def split_words(caption):
+    """A caption in any script -> its words, in small letters."""
+    caption = unicodedata.normalize("NFKC", caption).lower()
+    return re.findall(f"[{ALONE}]|[^{ALONE}{BETWEEN}]+", caption)
+
+def to_indices(captions, words, length):
+    """Captions -> (N, length): 1 + a word's place in the list `words`, then 0.
+
+    Words that are not in the list are left out; what is longer than `length` is cut off.
+    """
+    index = {word: k for k, word in enumerate(words, 1)}
+    text = torch.zeros(len(captions), length, dtype=torch.long)
+    for row, caption in zip(text, captions):
+        known = [index[word] for word in split_words(caption) if word in index][:length]
+        row[:len(known)] = torch.tensor(known, dtype=torch.long)
+    return text
+
+def captions_of(clips, dataset):
+    """The caption of every clip; of a real one the text file beside it. Raises Fault.
+
+    clip7/ and clip7.gif have theirs in clip7.txt.
+    """
+    if clips.paths is None:
+        if not clips.captions[0]:
+            raise Fault(f"--dataset {dataset}: this procedural world has no captions; use sprites, "
+                        "or clips of your own with a text file beside each")
+        return clips.captions
+    found = []
+    for clip in clips.paths:
+        path = clip.with_name((clip.name if clip.is_dir() else clip.stem) + ".txt")
+        try:
+            caption = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise Fault(f"clip {clip} has no caption: cannot read {path} ({type(e).__name__}); "
+                        "write one line into it, as UTF-8")
+        if not split_words(caption):
+            raise Fault(f"clip {clip} has no caption: there is no word in {path}")
+        found.append(" ".join(caption.split()))
+    return found
+
+def check_words(captions, words, some):
+    """Says in one line how many words of these captions are not among `words`.
+
+    some: raises Fault if none is.
+    """
+    said = set()
+    for caption in captions:
+        said.update(split_words(caption))
+    unknown = said - set(words)
+    if some and unknown == said:
+        raise Fault("the model knows no word of the held-out captions: make one of your clips by "
+                    "flowmo.py --train, and name it by --model")
+    if unknown:
+        some = ", ".join(sorted(unknown)[:5])
+        print(f"warning: {len(unknown)} words of held-out captions that training never met are "
+              f"left out: {some}{', ...' if len(unknown) > 5 else ''}", file=sys.stderr)
+
+def check_prompt(name, prompt, words, most):
+    """That a model knows every word of the flag --name, at most `most`. Raises Fault."""
+    said = split_words(prompt)
+    if not 0 < len(said) <= most:
+        raise Fault(f"--{name} {prompt!r}: must have one to {most} words")
+    for word in said:
+        if word not in words:
+            raise Fault(f"--{name} {prompt!r}: the model does not know {word!r}; it knows "
+                        + ", ".join(words))
+
+# ---------------------------------------- guidance
+
+def guided_steps(cfg):
+    """--guided, steps of a sampler counted from 0: '0-3,6' -> {0, 1, 2, 3, 6}. Raises Fault."""
+    steps = set()
+    try:
+        for part in cfg.guided.split(","):
+            ends = [int(number) for number in part.split("-")]
+            if len(ends) > 2 or ends[0] > ends[-1] or ends[-1] >= cfg.steps:
+                raise ValueError
+            steps.update(range(ends[0], ends[-1] + 1))
+    except ValueError:
+        steps = {-1}
+    if not steps <= set(range(cfg.steps)):
+        raise Fault(f"--guided {cfg.guided}: must be steps from 0 to {cfg.steps - 1} and ranges "
+                    "of them, as in 0-3,6")
+    return steps
+
+def counted(network):
+    """The same function, with how often it was called as its attribute `calls`."""
+    def call(*inputs):
+        call.calls += 1
+        return network(*inputs)
+
+    call.calls = 0
+    return call
+
+def bootstrap(difference, draws=10000):
+    """The mean of paired differences (N,) and its 95 % interval, by drawing pairs again."""
+    rng = np.random.default_rng(0)
+    x = np.asarray(difference, float)
+    means = x[rng.integers(len(x), size=(draws, len(x)))].mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return round(float(x.mean()), 4), round(float(low), 4), round(float(high), 4)
+
+# ---------------------------------------- noise levels
+
+def like(s, x):
+    """A number, or per-sample numbers (B,), in x's type, shaped to broadcast over x (B, ...)."""
+    s = torch.as_tensor(s, dtype=x.dtype, device=x.device)
+    return s.view(-1, *[1] * (x.ndim - 1))
+
+def edm_weight(sigma, data=1.0):
+    """lambda(sigma), (B,): EDM (Karras et al. 2022), Tab. 1. data: the deviation of the data."""
+    return (sigma**2 + data**2) / (sigma * data) ** 2
+
+def karras_sigmas(steps, low=0.002, high=80.0, rho=7.0):
+    """Noise levels of a sampler, from high to low, then 0: (steps + 1,). EDM Eq. 5."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    return torch.cat([levels, torch.zeros(1)]).float()
+
+# ---------------------------------------- distance
+
+def energy(x):
+    """Mean square of every clip, (N, T, C, H, W) -> (N,); what nobody sees counts as none."""
+    return x.square().mean((1, 2, 3, 4)) + 1e-3
+
+def own_features(video):
+    """Fixed, seeded features of short clips that see motion: uint8 (N, T > 4, 3, H, W) -> (N, 46).
+
+    Log-energies of six random filters on the frames, on what changes from one frame to the next,
+    and over four frames; how far change goes with the gradients (the direction of motion); means
+    and deviations of colour; at two scales. A change of 1 is a factor e.
+    """
+    bank = torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(0)).to(video.device)
+    bank = (bank - bank.mean((2, 3), keepdim=True)) / 75**0.5  # blind to brightness
+    x = to_float(video)
+    found = [4 * x.mean((1, 3, 4)), 4 * x.std((1, 3, 4))]  # (N, 3) each
+    for _ in range(2):
+        for change in (x, x[:, 1:] - x[:, :-1], x[:, 4:] - x[:, :-4]):
+            response = F.conv2d(change.flatten(0, 1), bank).unflatten(0, change.shape[:2])
+            power = response.square().mean((3, 4))  # (N, T, 6)
+            found.append((power + 1e-3).log().mean(1))
+        dt = x.diff(dim=1)[..., 1:, 1:]
+        gx = x.diff(dim=-1)[:, :-1, ..., 1:, :]
+        gy = x.diff(dim=-2)[:, :-1, ..., 1:]
+        for gradient in (gx, gy):
+            together = (dt * gradient).mean((1, 2, 3, 4))
+            found.append(2 * (together / (energy(dt) * energy(gradient)).sqrt())[:, None])
+        x = F.avg_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
+    return torch.cat(found, 1).cpu().double()  # MPS has no float64
+
+def frechet(a, b):
+    """Frechet distance of two sets of features (N, D), (M, D), each taken as a Gaussian."""
+    a = a.double()
+    b = b.double()
+    cov_a = torch.atleast_2d(torch.cov(a.T))
+    cov_b = torch.atleast_2d(torch.cov(b.T))
+    w, v = torch.linalg.eigh(cov_a)
+    root = (v * w.clamp(min=0).sqrt()) @ v.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    apart = (a.mean(0) - b.mean(0)).square().sum()
+    return float(apart + cov_a.trace() + cov_b.trace() - 2 * cross)  # cross: tr (C_a C_b)^(1/2)
+
+# ---------------------------------------- what a run writes
+
+def run_name(script, dataset):
+    return f"{script}-" + re.sub(r"[^\w.-]+", "_", Path(dataset).name)
+
+def find_run(script, dataset, out_dir):
+    """The folder of an earlier run, or None: out_dir, else out/SCRIPT-DATASET[-procedural]."""
+    name = run_name(script, dataset)
+    candidates = [Path("out", name), Path("out", f"{name}-procedural")]
+    if out_dir:
+        candidates = [Path(out_dir)]
+    found = [p for p in candidates if (p / "config.json").exists()]
+    if len(found) == 2:
+        raise Fault(f"{found[0]} and {found[1]} both hold a run; name one of them by --out_dir")
+    return found[0] if found else None
+
+def open_run(script, cfg, train, test, trained=True):
+    """The output folder, with the settings and a record of the clips in config.json. Raises Fault.
+
+    A folder that holds a run which trained is never overwritten; one that only sampled is. A run
+    that goes on must find the same clips.
+    """
+    if cfg.resume or cfg.eval_only:
+        out = Path(cfg.out_dir)
+        check_record(train, test, read_config(out, script)["data"], out)
+        return out
+    name = run_name(script, cfg.dataset)
+    if train.paths is None:
+        name += "-procedural"
+    out = Path(cfg.out_dir or f"out/{name}")
+    there = (out / "config.json").exists() or (out / "ckpt.pt").exists()
+    if there and not trained and not (out / "ckpt.pt").exists():
+        there = read_config(out, script)["config"]["train"]
+    if there:
+        raise Fault(f"{out} holds an earlier run: --resume continues it, --eval_only evaluates it "
+                    "again, --out_dir names another folder")
+    made = dict(script=script, format=FORMAT, config=asdict(cfg), data=data_record(train, test))
+    save_json(out / "config.json", made)
+    return out
+
+def read_json(path):
+    """A file that a run wrote. Raises Fault."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise Fault(f"{path} cannot be read ({type(e).__name__}): --resume or --eval_only writes "
+                    "it in the end, or name another --out_dir")
+
+def read_config(out, script):
+    """config.json of a run of this script and of this format. Raises Fault."""
+    made = read_json(out / "config.json")
+    check_made(out / "config.json", made, script)
+    return made
+
+def check_made(path, made, script):
+    """That a file was written by this script, in today's format. Raises Fault."""
+    if not isinstance(made, dict) or made.get("format") != FORMAT:
+        raise Fault(f"{path} is of another version of this project, which this one cannot read; "
+                    "delete it or name another --out_dir")
+    if made["script"] != script:
+        raise Fault(f"{path} was written by {made['script']}.py, not {script}.py")
+
+@contextmanager
+def written_aside(path):
+    """A path to write to, renamed to `path` in the end: never half a file. Raises Fault."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # a full disk is a RuntimeError of torch.save
+        with suppress(OSError):
+            part.unlink()
+        reason = str(e).splitlines()[0]
+        raise Fault(f"cannot write {path}: {reason}; what was there before is intact")
+
+def save_json(path, value):
+    """Strict JSON: nan, which it does not have, is an error."""
+    with written_aside(path) as part:
+        part.write_text(json.dumps(value, indent=1, allow_nan=False), encoding="utf-8")
+
+def save_log(path, rows):
+    """Rows, dicts with the same keys, as CSV."""
+    with written_aside(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, rows[0] if rows else ["step"])
+        table.writeheader()
+        table.writerows(rows)
+
+def save_checkpoint(out, script, cfg, log, name="ckpt", **state):
+    """NAME.pt of a run, and its losses: log.csv, or of an earlier stage log-NAME.csv."""
+    made = dict(script=script, format=FORMAT, config=asdict(cfg), log=log.rows, **state)
+    with written_aside(out / f"{name}.pt") as part:
+        torch.save(made, part)
+    table = "log.csv" if name == "ckpt" else f"log-{name}.csv"
+    save_log(out / table, log.rows)
+
+def load_checkpoint(path, script):
+    """A checkpoint of this script and of this format; no code in it is run. Raises Fault."""
+    if not path.exists():
+        raise Fault(f"{path} is not there: no such model, or a run that was stopped before its "
+                    "first save, which --resume does again")
+    try:
+        made = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # truncated, garbage, a pickle with code: each raises something else
+        raise Fault(f"{path} is not a readable checkpoint ({type(e).__name__}); delete it or name "
+                    "another --out_dir")
+    check_made(path, made, script)
+    return made
+
+def restore(path, script, cfg, **parts):
+    """With --resume, the state of networks and optimisers, and all that was saved with it.
+
+    Else, or if there is no such file yet, what a training starts from. Raises Fault.
+    """
+    if not cfg.resume or not path.exists():
+        return dict(step=0, log=[])
+    saved = load_checkpoint(path, script)
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    except (KeyError, RuntimeError):
+        raise Fault(f"{path} does not fit these settings and clips; name another --out_dir")
+    return saved
+
+class Log:
+    """The losses of a training: a progress bar; means over 50 steps as rows of log.csv.
+
+    From its making to its closing, Ctrl-C only sets `interrupted`, for a save between two steps.
+    """
+
+    def __init__(self, steps, done=0, rows=(), name="training"):
+        self.steps = steps
+        self.rows = list(rows)
+        self.recent = []
+        self.bar = tqdm(total=steps, initial=done, desc=name)
+        before = self.rows[-1]["seconds"] if self.rows else 0
+        self.began = time.time() - before
+        self.interrupted = False
+        self.handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number] = signal.signal(number, self.interrupt)
+
+    def interrupt(self, number, frame):
+        if self.interrupted:  # the second time: at once
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    def close(self):
+        self.bar.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def add(self, step, **losses):
+        """Note the losses of a step, scalar tensors; returns whether Ctrl-C asks for an end.
+
+        Raises Fault if a loss is not finite.
+        """
+        stop = self.interrupted
+        self.recent.append(torch.stack([loss.detach() for loss in losses.values()]))
+        self.bar.update()
+        if step % 50 and step != self.steps and not stop:
+            return False  # to read the losses more often would stall a GPU
+        recent = torch.stack(self.recent).cpu()  # (steps since the last row, losses)
+        broken = ~recent.isfinite()
+        if broken.any():
+            self.close()
+            row, column = broken.nonzero()[0].tolist()
+            first = step - len(recent) + 1 + row
+            raise Fault(f"the loss {list(losses)[column]} is not finite at step {first}; try a "
+                        "lower learning rate; what was saved before is intact")
+        means = dict(zip(losses, recent.mean(0).tolist()))
+        seconds = round(time.time() - self.began, 2)
+        self.rows.append({"step": step, **means, "seconds": seconds})
+        self.bar.set_postfix({name: f"{v:.4f}" for name, v in means.items()})
+        self.recent = []
+        if stop:
+            self.close()
+        return stop
+
+def write_results(out, script, cfg, device, dataset, rows, began, **more):
+    """results.json: what was run, on what, and the rows of its table; strict JSON."""
+    results = dict(
+        script=script, command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        preset=cfg.preset, seed=cfg.seed, device=str(device), torch=torch.__version__,
+        wall_s=round(time.time() - began, 1), dataset=dataset, rows=rows, **more,
+    )
+    save_json(out / "results.json", results)
+
+def table(rows, columns):
+    """Rows (dicts) as aligned text; columns maps a row key to (heading, format)."""
+    lines = [[heading for heading, _ in columns.values()]]
+    for row in rows:
+        cells = []
+        for key, (_, form) in columns.items():
+            value = row.get(key)
+            cells.append("-" if value is None else format(value, form))
+        lines.append(cells)
+    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
+    text = []
+    for first, *others in lines:
+        line = first.ljust(widths[0])
+        for cell, width in zip(others, widths[1:]):
+            line += "  " + cell.rjust(width)
+        text.append(line)
+    return "\n".join(text)
+
+def sheet(rows, heads, scale=2, left=90):
+    """A labelled contact sheet: rows of (label, uint8 (N, 3, H, W)), heads over the columns."""
+    size = rows[0][1].shape[-1] * scale
+    columns = max(len(frames) for _, frames in rows)
+    page = Image.new("RGB", (left + columns * (size + 2), 16 + len(rows) * (size + 2)), "white")
+    draw = ImageDraw.Draw(page)
+    font = ImageFont.load_default(11)
+    small = ImageFont.load_default(9)
+    for k, head in enumerate(heads):
+        draw.text((left + k * (size + 2), 2), str(head), "black", small)
+    for r, (label, frames) in enumerate(rows):
+        top = 16 + r * (size + 2)
+        draw.multiline_text((2, top + 2), label, "black", font)
+        for k, frame in enumerate(frames):
+            image = Image.fromarray(frame.permute(1, 2, 0).cpu().numpy())
+            page.paste(image.resize((size, size), Image.NEAREST), (left + k * (size + 2), top))
+    return page
+
+def save_pages(path, pages, ms=80):
+    """One page as PNG, or several as an animated GIF that loops."""
+    animation = {}
+    if path.suffix == ".gif":
+        animation = dict(save_all=True, append_images=pages[1:], duration=ms, loop=0)
+    with written_aside(path) as part:
+        pages[0].save(part, path.suffix[1:].upper(), **animation)
+
+def save_sheet(path, videos, left=90):
+    """Ten frames of the first clip of each kind; videos {label: uint8 (N, T, 3, H, W)}."""
+    last = max(video.shape[1] for video in videos.values()) - 1
+    shown = sorted({round(last * (k / 9) ** 1.6) for k in range(10)})  # early ones closer
+    rows = []
+    for label, video in videos.items():
+        there = [frame for frame in shown if frame < video.shape[1]]
+        rows.append((label, video[0, there]))
+    save_pages(path, [sheet(rows, shown, scale=max(1, 64 // video.shape[-1]), left=left)])
+
+def save_gif(path, videos, width=64, every=1, ms=80):
+    """The first four clips of each kind beside each other; a shorter one rests at its end."""
+    pages = []
+    for frame in range(0, max(video.shape[1] for video in videos.values()), every):
+        rows = []
+        for i in range(min(4, max(len(video) for video in videos.values()))):
+            there = [video for video in videos.values() if i < len(video)]
+            row = [video[i, min(frame, video.shape[1] - 1)] for video in there]
+            rows.append(("", torch.stack(row)))
+        pages.append(sheet(rows, videos, max(1, width // row[0].shape[-1]), left=2))
+    save_pages(path, pages, ms)
+
+def save_changes(out, videos, prompts, judged):
+    """sheet.png and samples.gif of what guidance changed; videos {label: uint8 (N, T, 3, H, W)}.
+
+    videos: without and with it, in this order. The sheet shows the first four clips that it turned
+    coherent and the first two that it broke; where nothing judges, the first six. The gif: the
+    first four of those.
+    """
+    before, after = videos.values()
+    chosen = {k: "" for k in range(min(6, len(before)))}
+    if judged:
+        was = judge(before, prompts)["coherent"]
+        now = judge(after, prompts)["coherent"]
+        mended = (now > was).nonzero().flatten().tolist()
+        broken = (now < was).nonzero().flatten().tolist()
+        print(f"of {len(was)} clips guidance turned {len(mended)} coherent and broke "
+              f"{len(broken)}; sheet.png shows the first four and two of them")
+        if mended or broken:
+            chosen = {k: "mended: " for k in mended[:4]} | {k: "broken: " for k in broken[:2]}
+    rows = []
+    for k, what in chosen.items():
+        for label, video in videos.items():
+            rows.append((f"{what}{label}\n{prompts[k]}"[:60], video[k]))
+    page = sheet(rows, range(before.shape[1]), max(1, 64 // before.shape[-1]), left=210)
+    save_pages(out / "sheet.png", [page])
+    some = {label: video[list(chosen)] for label, video in videos.items()}
+    save_gif(out / "samples.gif", some, width=96, ms=150)

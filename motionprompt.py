@@ -1,191 +1,234 @@
 """MotionPrompt (Nam, Kim, Lee and Ye, CVPR 2025), https://arxiv.org/abs/2411.15540
 
-A prompt acts on all frames at once. MotionPrompt appends a few tokens to it and moves their embeddings while sampling,
-so that the optical flow between frames of the clean estimate looks like real video's to a discriminator. No weight
-changes, and neither does the prompt itself. Its steps (the paper's equation numbers are unknown to us):
+A prompt acts on all frames at once. MotionPrompt appends a token to it, and moves the token's
+embedding while it samples, so that the optical flow between frames of the clean estimate looks to a
+discriminator like flow of real video. No weight of the video model changes, nor does the prompt.
 
-    append     T = (embeddings of n tokens), T0 = those of words of quality; c(T) = text encoder of (prompt, T)
-    Tweedie    x_{0|t} = D(x; sigma, c(T))                                      the clean estimate
-    flow       f = RAFT(decode(x_{0|t})_i, decode(x_{0|t})_j)                   of random pairs of frames, two decoded
-    loss       l = lambda1 log(1 - phi(f)) + lambda2 TV(f) + lambda3 || T - T0 ||^2        phi: chance of being real
-    optimise   T <- Adam(dl / dT), K times; then a step of the sampler with c(T); the next step goes on from T
-    half-way   the second half of the steps has the plain prompt, which keeps the appearance
+    append     T0 = embedding of a word like 'authentic'; c(T) = text encoder of (prompt, T)
+    Tweedie    x_{0|t} = D(x; sigma, c(T))                          the clean estimate
+    flow       f = RAFT(x_{0|t}[i], x_{0|t}[j])                     frames i, j drawn by chance
+    loss       l = lambda1 log(1 - phi(f)) + lambda2 TV(f) + lambda3 || T - T0 ||^2
+               phi: the discriminator's probability that f is of real video, a sigmoid of its logit;
+               means over the pairs of frames, and TV a mean over pixels
+    optimise   T <- Adam(dl / dT), K times, through D with the prompt alone; then a step of the
+               sampler with c(T) and guidance, D_0 + w (D_P - D_0)
+    window     only at levels of noise in between; the other steps have the plain prompt
 
-    python motionprompt.py                                   # two CPU cores: about 14 minutes; a GPU: `small`
-    python motionprompt.py --eval_only --methods all         # the same models, all controls and ablations
+The paper was not at hand: the equations come from notes on it, their numbers are unknown, and what
+they leave open is marked "paper silent". The video model is that of flowmo.py, which is trained as
+flow matching and read here as EDM's denoiser:
 
-trains a text-to-video EDM model on captioned clips, a tiny RAFT, and the discriminator on flows of steady clips against
-flows of what the model generates; samples the same prompts and noise with and without MotionPrompt, prints what became
-of the motion, and writes out/motionprompt-sprites-procedural/.
+    t = sigma / (1 + sigma)     z = x / (1 + sigma)     D(x; sigma) = z - t u(z, t)
+
+    python motionprompt.py                                        # 4 minutes on two cores
+    python motionprompt.py --prompt "a red circle moving left"    # one gif, with and without
+    python motionprompt.py --train --out_dir out/new              # RAFT and discriminator anew
+
+The first samples prompts from the same noise without a token, with the word, with MotionPrompt, and
+with tokens moved as far at random, and prints how many clips move as one thing, which tracking the
+shape tells.
 """
 import math
+import os
 import time
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
+
+# Before torch: threads that wait must sleep, or a busy neighbour makes training 100 times slower.
+if __name__ == "__main__":
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
-from torchvision.utils import flow_to_image
 from tqdm import tqdm
 
 import common
-from common import Fault, averaged, descend, make_rng, edm_denoise, edm_weight, encode, karras_sigmas, like, normalise, opt
-from common import plain, to_float, to_uint8, warm_decay
+from common import Fault, like, make_rng, opt, to_float, to_uint8
+
+MODELS = Path(__file__).parent / "assets" / "models"
+SAVE_EVERY = 500  # training steps
 
 @dataclass
 class Config:
     dataset: str = opt("sprites", "sprites, or a folder of your captioned clips in --data_dir")
-    data_dir: str = opt("", "real clips: DATA_DIR/DATASET/{train,test}/; empty: data, else a procedural world", free=True)
-    preset: str = opt("auto", "tiny (two CPU cores), small (one GPU), paper (16 frames, larger); auto: by device")
-    iters: int = opt(4000, "training steps of the text-to-video model", 0, 10**8)
-    raft_iters: int = opt(1200, "steps of the tiny RAFT", 0, 10**8)
-    disc_iters: int = opt(600, "steps of the discriminator", 0, 10**8)
-    batch: int = opt(16, "clips in a batch", 1, 65536)
-    size: int = opt(16, "height and width of a frame, pixels; a multiple of 4", 8, 1024)
-    frames: int = opt(8, "frames of a clip", 4, 256)
-    seed: int = opt(0, "of weights, data order, noise and prompts", 0, 2**31)
+    data_dir: str = opt("", "where DATASET/{train,test}/ lies; empty: data", free=True)
+    preset: str = opt("auto", "tiny (two CPU cores), small (one GPU), paper; auto: by device")
+    prompt: str = opt("", "sample this, with and without MotionPrompt: one gif", free=True)
+    train: bool = opt(False, "train flow estimator and discriminator first")
+    model: str = opt("", "a ckpt.pt of flowmo.py --train; empty: the shipped one")
+    disc: str = opt("", "a ckpt.pt of --train here; empty: the shipped one")
+    resume: bool = opt(False, "go on with the training in the output folder", free=True)
+    eval_only: bool = opt(False, "sample again from the run in the output folder", free=True)
+    out_dir: str = opt("", "empty: out/motionprompt-DATASET[-procedural]", free=True)
     device: str = opt("auto", "auto, cpu, cuda, mps", free=True)
-    out_dir: str = opt("", "folder to write; empty: out/motionprompt-DATASET[-procedural]", free=True)
-    resume: bool = opt(False, "continue the run in the output folder, bit for bit on CPU", free=True)
-    eval_only: bool = opt(False, "skip training, sample with the models in the output folder", free=True)
-    compile: bool = opt(False, "torch.compile the video network", free=True)
-    amp: bool = opt(False, "bfloat16 autocast inside the video network")
-    methods: str = opt("base,words,motionprompt,random,latent", "what to sample with, of METHODS; or all", free=True)
-    tokens: str = opt("steady,steady", "words whose embeddings the appended tokens start from; n of them", free=True)
-    K: int = opt(4, "optimisation steps at every guided step of the sampler", 0, 10**4, free=True)
-    lr: float = opt(0.05, "of Adam, for the tokens", 0, 100, free=True)
-    lambda1: float = opt(1.0, "weight of the discriminator's log(1 - phi)", 0, 10**6, free=True)
-    lambda2: float = opt(0.1, "weight of the flow's total variation, per pixel of flow", 0, 10**6, free=True)
-    lambda3: float = opt(0.01, "weight of the distance of the tokens from where they started", 0, 10**6, free=True)
-    guided: str = opt("", "steps with tokens, counted from 0: numbers and ranges; empty: the first half, as the paper", free=True)
-    pairs: int = opt(2, "random pairs of frames at every optimisation step", 1, 256, free=True)
-    gap: int = opt(3, "frames between the two of a pair, at most", 1, 255)
-    keep: bool = opt(True, "tokens go on from one step of the sampler to the next; --no-keep: from T0 at each", free=True)
-    inner_rho: float = opt(0.0, "guidance by the prompt inside the optimisation; 0: conditional only", 0, 100, free=True)
-    vit: str = opt("tiny", "of the discriminator: ours, or torchvision's, pretrained", choices=("tiny", "vit_b_16"))
-    latent_eta: float = opt(0.05, "size of a step on the latent, a share of sigma, for the method `latent`", 0, 100, free=True)
-    steps: int = opt(16, "steps of the Euler sampler", 2, 10000)
-    rho: float = opt(1.0, "guidance by the prompt, D_P + rho (D_P - D_0)", 0, 100)
-    width: int = opt(128, "channels of the transformer; the convolutions around it have a third", 32, 4096)
-    layers: int = opt(3, "layers of the transformer", 1, 100)
-    train_lr: float = opt(1.5e-3, "AdamW's learning rate for the models; the last 40 % decay to 0", 0, 1)
-    ema: float = opt(0.995, "decay of the weight average that is sampled from; 0: the last weights", 0, 0.999999)
-    drop: float = opt(0.1, "share of captions left out while training, for D_0", 0, 1)
-    clips: int = opt(8000, "training clips of a procedural world", 2, 10**6)
-    fakes: int = opt(256, "clips to generate for the discriminator", 4, 10**6)
-    prompts: int = opt(128, "prompts to sample", 2, 10**5, free=True)
+    compile: bool = opt(False, "torch.compile the video model", free=True)
+    amp: bool = opt(False, "bfloat16 autocast inside the video model")
+    seed: int = opt(0, "of weights, data, noise and prompts", 0, 2**31)
+    prompts: int = opt(128, "prompts to sample, those of the test clips", 2, 10**5, free=True)
+    steps: int = opt(16, "steps of the Euler sampler, of Karras' levels", 2, 10000)
+    guidance_scale: float = opt(2.0, "w of guidance by the prompt; 1: none", 0, 100, free=True)
+    guided: str = opt("5-10", "guided steps from 0, ranges with commas between", free=True)
+    tokens: str = opt("authentic", "words that the tokens start from", free=True)
+    K: int = opt(3, "optimisation steps at every guided step", 0, 10**4, free=True)
+    token_lr: float = opt(0.2, "Adam's learning rate for the tokens", 0, 100, free=True)
+    lambda1: float = opt(1.0, "weight of log(1 - phi)", 0, 10**6, free=True)
+    lambda2: float = opt(0.1, "weight of the total variation, a mean", 0, 10**6, free=True)
+    lambda3: float = opt(0.001, "weight of the distance from T0", 0, 10**6, free=True)
+    pairs: int = opt(2, "pairs of frames an optimisation step", 1, 256, free=True)
+    gap: int = opt(3, "how far apart the two frames of a pair are, at most", 1, 255)
+    raft_iters: int = opt(1200, "--train: steps of the tiny RAFT", 1, 10**8)
+    disc_iters: int = opt(2000, "--train: steps of the discriminator", 1, 10**8)
+    fakes: int = opt(1000, "--train: clips to generate for it", 4, 10**6)
+    noise: float = opt(0.2, "--train: noise on clips before their flow is read", 0, 10)
+    lr: float = opt(2e-3, "--train: AdamW's learning rate", 0, 1)
+    size: int = opt(16, "height and width of a frame, those of the model", 8, 1024)
+    frames: int = opt(8, "frames of a clip, those of the model", 4, 256)
 
 PRESETS = {
     "tiny": {},
-    "small": dict(iters=8000, raft_iters=3000, disc_iters=1500, batch=64, size=32, frames=16, width=384, layers=8,
-                  train_lr=5e-4, ema=0.999, clips=40000, fakes=2000, prompts=256, steps=30, gap=6, amp=True),
-    "paper": dict(iters=100000, raft_iters=20000, disc_iters=20000, batch=64, size=64, frames=16, width=768, layers=12,
-                  train_lr=2e-4, ema=0.9995, clips=100000, fakes=5000, prompts=800, steps=50, gap=15, amp=True),
+    "small": dict(  # for the model of `flowmo.py --train --preset small`
+        raft_iters=3000, disc_iters=4000, fakes=4000, size=32, frames=16, prompts=256,
+        steps=30, guided="9-19", gap=6, amp=True,
+    ),
+    "paper": dict(  # 16 frames; its own models are LaVie, VideoCrafter2, AnimateDiff
+        raft_iters=20000, disc_iters=20000, fakes=5000, size=64, frames=16, prompts=800,
+        steps=50, guided="16-31", gap=15, amp=True,
+    ),
 }
-FREE = 3  # places for tokens behind the longest caption
 
-# Notation. B, C, T, H, W: batch, channels, frames, height, width. x: noisy video at noise level sigma (B,), data of
-# variance 1; D: the clean estimate. Prompt (B, L, d), tokens (B, n, d): embeddings of words. Flow (N, 2, H, W), pixels.
+# B, C, T, H, W: batch, channels, frames, height, width. x: the noisy video, at noise level sigma
+# (B,), of data of variance 1. D: the clean estimate. Flow: (N, 2, H, W) in pixels. Prompt (B, L, d)
+# and tokens (B, n, d): embeddings of words. c: what the text encoder makes of both.
 
-# ----------------------------------------------------------------------------------------------- THE METHOD
+# ---------------------------------------- THE METHOD
+# From here to optimise_tokens is one block to paste. It needs torch, and torch.nn.functional as F.
+
 def total_variation(flow):
-    """TV of flow (N, 2, H, W), pixels: mean over pixels of its differences to the right and downwards, (N,).
-    Paper silent: we use absolute differences, each axis for itself, as the usual TV of images."""
-    right, down = flow.diff(dim=3).abs().flatten(1), flow.diff(dim=2).abs().flatten(1)
-    return right.mean(1) + down.mean(1)
+    """TV(f) of flow (N, 2, H, W), (N,): what differs between neighbours, to the right and down.
 
-def motion_loss(logit, flow, tokens, start, weights):
-    """l = lambda1 log(1 - phi(f)) + lambda2 TV(f) + lambda3 || T - T0 ||^2 of every video, (B,).
-
-    logit (B K,), flow (B K, 2, H, W): K pairs of frames each, phi = sigmoid(logit); tokens, start (B, n, d).
+    The paper's is a sum over pixels; ours is a mean, so that its weight fits every size.
     """
-    B = len(tokens)
-    fooled = F.logsigmoid(-logit).view(B, -1).mean(1)  # log(1 - phi), stable where phi is near 1
-    away = (tokens - start).square().flatten(1).sum(1)
-    return weights[0] * fooled + weights[1] * total_variation(flow).view(B, -1).mean(1) + weights[2] * away
+    right = flow.diff(dim=3).abs().flatten(1).mean(1)
+    down = flow.diff(dim=2).abs().flatten(1).mean(1)
+    return right + down
 
-def random_pairs(batch, frames, count, gap, g):
-    """Pairs i < j of frames at most `gap` apart, uniform over all there are: (B, K) twice."""
+def motion_loss(logit, flow, T, T0, weights):
+    """l of every video, (B,). Source: MotionPrompt.
+
+    logit (B P,), phi = sigmoid(logit), and flow (B P, 2, H, W): of P pairs of frames each. T, T0
+    (B, n, d). weights: lambda1, lambda2, lambda3.
+    """
+    lambda1, lambda2, lambda3 = weights
+    fake = F.logsigmoid(-logit).view(len(T), -1).mean(1)  # log(1 - phi), exact near 1, too
+    rough = total_variation(flow).view(len(T), -1).mean(1)
+    away = (T - T0).square().flatten(1).sum(1)
+    return lambda1 * fake + lambda2 * rough + lambda3 * away
+
+def random_pairs(batch, frames, count, gap, rng):
+    """Frames i < j, at most `gap` apart, every such pair alike: (B, count) twice."""
     i, j = torch.triu_indices(frames, frames, 1)
     near = j - i <= gap
-    pick = torch.randint(int(near.sum()), (batch, count), generator=g)
-    return i[near][pick], j[near][pick]
+    drawn = torch.randint(int(near.sum()), (batch, count), generator=rng)
+    return i[near][drawn], j[near][drawn]
 
 def flow_of_pairs(D, i, j, decode, estimate):
-    """Flow from frame i to frame j of clean estimates D (B, C, T, H, W), i, j (B, K): (B K, 2, H, W).
+    """Flow from frame i to frame j of estimates D (B, C, T, H, W); i, j (B, P): (B P, 2, H, W).
 
-    decode((B K, C, 2, H, W)) -> video in [-1, 1]: the two frames of every pair and no more.
+    decode((N, C, 2, H, W)) -> video in [-1, 1]; it is given the two frames and no more, as memory
+    is what a latent model's decoder takes. estimate(image1, image2) -> flow.
     """
     rows = torch.arange(len(D), device=D.device)[:, None]
-    two = torch.stack([D.transpose(1, 2)[rows, k.to(D.device)] for k in (i, j)], 3).flatten(0, 1)  # (B K, C, 2, H, W)
-    return estimate(*decode(two).unbind(2))
+    frames = D.transpose(1, 2)  # (B, T, C, H, W)
+    first = frames[rows, i.to(D.device)].flatten(0, 1)  # (B P, C, H, W)
+    second = frames[rows, j.to(D.device)].flatten(0, 1)
+    video = decode(torch.stack([first, second], 2))
+    return estimate(video[:, :, 0], video[:, :, 1])
 
-def euler(denoise, x, sigmas, text_at):
-    """Euler's steps from x at sigmas[0] to sigmas[-1]; text_at(step, x, sigma (B,)) -> c for denoise(x, sigma, c)."""
-    for step, (now, then) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist())):
-        sigma = x.new_full((len(x),), now)
-        c = text_at(step, x, sigma)
-        with torch.no_grad():
-            x = x + (then - now) * ((x - denoise(x, sigma, c)) / now)  # EDM Eq. 3
+def optimise_tokens(T, denoise, encode, loss, x, sigma, K, lr):
+    """T (B, n, d) after K steps of Adam on loss(D, T) -> (B,). Source: MotionPrompt.
+
+    denoise(x, sigma (B,), c) -> D, with the prompt alone; encode(tokens) -> c. Freeze the weights:
+    it saves memory. T is float32 whatever x is: smaller types lose small steps.
+    """
+    T = T.detach().float().clone().requires_grad_()
+    adam = torch.optim.Adam([T], lr)  # anew at every step of the sampler; paper silent
+    for _ in range(K):
+        with torch.enable_grad():
+            D = denoise(x, sigma, encode(T.to(x.dtype)))  # Tweedie
+            # 1024: else a gradient that passes through a float16 network would be 0 there.
+            gradient, = torch.autograd.grad(1024 * loss(D, T).sum(), T)
+        T.grad = gradient / 1024
+        adam.step()
+    return T.detach()
+
+def euler_step(denoise, x, sigma, then, c):
+    """From noise level sigma (B,) to `then`. EDM Eq. 3."""
+    with torch.no_grad():
+        D = denoise(x, sigma, c)
+    d = (x - D) / like(sigma, x)
+    return x + like(then - sigma, x) * d
+
+def motionprompt(denoise, inner, encode, T0, x, sigmas, guided, loss, K=3, lr=0.2):
+    """Sampling with tokens that are optimised on the way. Source: MotionPrompt.
+
+    denoise(x, sigma (B,), c) -> D: the sampler's, with guidance by the prompt; inner: the one to
+    optimise through, conditional only. encode(tokens (B, n, d), or None for the prompt alone) -> c.
+    T0 (B, n, d). x (B, C, T, H, W) at sigmas[0]. guided: steps with tokens. loss(D, T) -> (B,).
+    K = 0: the words that T0 is of, not optimised. Returns x at sigmas[-1] and {step: T}.
+    """
+    T = T0
+    path = {}
+    for step in range(len(sigmas) - 1):
+        sigma = sigmas[step].to(x).expand(len(x))
+        if step in guided:
+            T = optimise_tokens(T, inner, encode, loss, x, sigma, K, lr)
+            path[step] = T
+            c = encode(T.to(x.dtype))
+        else:
+            c = encode(None)
+        x = euler_step(denoise, x, sigma, sigmas[step + 1].to(x), c)
+    return x, path
+
+def random_tokens(denoise, encode, T0, path, x, sigmas, rng):
+    """The control: at every step of `path` a token as far from T0, in a direction by chance."""
+    for step in range(len(sigmas) - 1):
+        sigma = sigmas[step].to(x).expand(len(x))
+        c = encode(None)
+        if step in path:
+            distance = (path[step] - T0).flatten(1).norm(dim=1)  # (B,)
+            way = torch.randn(T0.shape, generator=rng).to(T0)
+            way = way / like(way.flatten(1).norm(dim=1), way)
+            c = encode(T0 + like(distance, way) * way)
+        x = euler_step(denoise, x, sigma, sigmas[step + 1].to(x), c)
     return x
 
-def motionprompt(denoise, encode, prompt, start, x, sigmas, decode, estimate, discriminate, guided, K, lr, weights,
-                 pairs, keep=True, inner=None, watch=None):
-    """Euler sampling with tokens optimised in the steps `guided`, and the plain prompt in the others: x at sigmas[-1].
+def as_edm(u):
+    """A network of flow matching, u(z, t, c), as EDM's denoiser D(x, sigma, c)."""
+    def denoise(x, sigma, c):
+        t = sigma / (1 + sigma)
+        z = x / like(1 + sigma, x)
+        return z - like(t, x) * u(z, t, c)  # D(x; sigma)
 
-    denoise(x, sigma (B,), c) -> D; encode(prompt (B, L, d), tokens (B, n, d) or None) -> c; start: T0; x at sigmas[0],
-    (B, C, T, H, W); decode, estimate as in flow_of_pairs; discriminate(flow) -> logit of being real (N,); pairs(B) ->
-    i, j (B, K). keep: tokens go on from step to step, else every step starts from T0. inner: the denoiser inside the
-    optimisation, if another one. watch(step, tokens) sees the tokens. Gradients reach the tokens alone if no weight
-    requires one.
-    """
-    T = start
-    def text_at(step, x, sigma):
-        nonlocal T
-        if step not in guided or not K: return encode(prompt, None)
-        T = (T if keep else start).detach().clone().requires_grad_()
-        adam = torch.optim.Adam([T], lr)  # afresh at every step, as in the lab's earlier code; paper silent
-        for _ in range(K):
-            with torch.enable_grad():
-                D = (inner or denoise)(x, sigma, encode(prompt, T))  # Tweedie
-                flow = flow_of_pairs(D, *pairs(len(x)), decode, estimate)
-                loss = motion_loss(discriminate(flow), flow, T, start, weights)
-                T.grad, = torch.autograd.grad(loss.sum(), T)
-            adam.step()
-        T = T.detach()
-        if watch: watch(step, T)
-        return encode(prompt, T)
-    return euler(denoise, x, sigmas, text_at)
+    return denoise
 
-def latent_guidance(denoise, c, x, sigmas, decode, estimate, discriminate, guided, K, eta, weights, pairs, inner=None):
-    """What the paper argues against: the same loss, but steps on the latent x itself, K times of size eta sigma.
+def prompted(denoise, c_0, guidance_scale):
+    """D_0 + w (D_P - D_0), both in one batch; c_0 (1, L, d): no prompt."""
+    def guided_denoise(x, sigma, c):
+        both = torch.cat([c, c_0.expand_as(c)])
+        D_P, D_0 = denoise(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+        return D_0 + guidance_scale * (D_P - D_0)
 
-    As in motionprompt; a step has the root mean square eta sigma in every video. The gradient goes through all frames.
-    """
-    for step, (now, then) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist())):
-        sigma, none = x.new_full((len(x),), now), x.new_zeros(len(x), 1, 1)  # no tokens
-        for _ in range(K if step in guided else 0):
-            with torch.enable_grad():
-                x = x.detach().requires_grad_()
-                flow = flow_of_pairs((inner or denoise)(x, sigma, c), *pairs(len(x)), decode, estimate)
-                g, = torch.autograd.grad(motion_loss(discriminate(flow), flow, none, none, weights).sum(), x)
-            rms = g.flatten(1).square().mean(1).sqrt().clamp(min=1e-12)
-            x = x.detach() - eta * now * g / like(rms, g)
-        x = euler(denoise, x, sigmas[step:step + 2], lambda *_: c)
-    return x
+    return guided_denoise
 
-def prompted(denoise, null, rho):
-    """D_P + rho (D_P - D_0), both in one batch: denoise(x, sigma, c) with c (B, L, d); null (1, L, d): no prompt."""
-    def guided(x, sigma, c):
-        if not rho: return denoise(x, sigma, c)
-        D_P, D_0 = denoise(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([c, null.expand_as(c)])).chunk(2)
-        return D_P + rho * (D_P - D_0)
-    return guided
+def append(prompt, tokens, ends):
+    """Tokens (B, n, d) right behind the words of a prompt (B, L, d); ends (B,): their number."""
+    places = ends[:, None] + torch.arange(tokens.shape[1], device=ends.device)  # (B, n)
+    return prompt.scatter(1, places[..., None].expand_as(tokens), tokens)
 
-# ----------------------------------------------------------------------------------------------- tiny RAFT
+# ---------------------------------------- tiny RAFT
+
 def correlation(a, b):
     """All pairs: features (N, C, H, W) twice -> (N H W, 1, H, W), scaled by 1 / sqrt(C)."""
     N, C, H, W = a.shape
@@ -306,334 +349,525 @@ class TinyRAFT(nn.Module):
                 flows.append(shrink * F.interpolate(fine, size, mode="bilinear"))
         return flows if every else flows[-1]
 
-# ----------------------------------------------------------------------------------------------- networks
-layer_of = lambda d, wide: nn.TransformerEncoderLayer(d, d // 32, wide * d, 0.0, batch_first=True, norm_first=True)
-conv = partial(nn.Conv3d, kernel_size=(1, 3, 3), padding=(0, 1, 1))  # over space, frame by frame
+# ---------------------------------------- network: text to video
 
-class Convolutions(nn.Module):
-    """Residual block over space, then time, scaled and shifted by the embedding of sigma and text."""
-    def __init__(self, cin, cout, emb):
+FREE = 2  # places behind the longest caption, for tokens that are appended
+
+def conv(channels_in, channels, kernel=3):
+    """A convolution over space, frame by frame, of (B, C, T, H, W)."""
+    pad = kernel // 2
+    return nn.Conv3d(channels_in, channels, (1, kernel, kernel), padding=(0, pad, pad))
+
+def group_norm(channels):
+    return nn.GroupNorm(math.gcd(8, channels), channels)
+
+class Residual(nn.Module):
+    """Convolutions over space, then over time, scaled and shifted by clock and sentence."""
+
+    def __init__(self, cin, cout, d):
         super().__init__()
-        norm = lambda c: nn.GroupNorm(math.gcd(8, c), c)
-        self.norm1, self.conv1, self.norm2, self.conv2 = norm(cin), conv(cin, cout), norm(cout), conv(cout, cout)
-        self.norm3, self.time = norm(cout), nn.Conv3d(cout, cout, (3, 1, 1), padding=(1, 0, 0))
-        self.emb, self.skip = nn.Linear(emb, 2 * cout), nn.Conv3d(cin, cout, 1)
-    def forward(self, x, emb):  # (B, C, T, H, W)
+        self.norm1 = group_norm(cin)
+        self.conv1 = conv(cin, cout)
+        self.emb = nn.Linear(d, 2 * cout)
+        self.norm2 = group_norm(cout)
+        self.conv2 = conv(cout, cout)
+        self.skip = conv(cin, cout, 1)
+        self.norm3 = group_norm(cout)
+        self.time = nn.Conv3d(cout, cout, (3, 1, 1), padding=(1, 0, 0))
+
+    def forward(self, x, emb):  # (B, C, T, H, W), (B, d)
         scale, shift = self.emb(emb)[..., None, None, None].chunk(2, 1)
         h = self.conv1(F.silu(self.norm1(x)))
-        x = self.skip(x) + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        h = self.norm2(h) * (1 + scale) + shift
+        x = self.skip(x) + self.conv2(F.silu(h))
         return x + self.time(F.silu(self.norm3(x)))
 
 class Attention(nn.Module):
-    """Transformer block over words and places of all frames together, with adaptive layer norm."""
+    """Transformer block with adaptive layer norm, over words and places of all frames together."""
+
     def __init__(self, d):
         super().__init__()
-        self.norm, self.emb = nn.LayerNorm(d, elementwise_affine=False), nn.Linear(d, 6 * d)
+        self.norm = nn.LayerNorm(d, elementwise_affine=False)
+        self.emb = nn.Linear(d, 6 * d)
         self.attend = nn.MultiheadAttention(d, d // 32, batch_first=True)
-        self.wide, self.back = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
-        for p in self.emb.parameters(): nn.init.zeros_(p)
-    def forward(self, x, emb):  # (B, N, d)
+        self.wide = nn.Linear(d, 4 * d)
+        self.back = nn.Linear(4 * d, d)
+        nn.init.zeros_(self.emb.weight)
+        nn.init.zeros_(self.emb.bias)
+
+    def forward(self, x, emb):  # (B, N, d), (B, d)
         scale1, shift1, gate1, scale2, shift2, gate2 = self.emb(emb)[:, None].chunk(6, -1)
         h = self.norm(x) * (1 + scale1) + shift1
         x = x + gate1 * self.attend(h, h, h, need_weights=False)[0]
-        return x + gate2 * self.back(F.gelu(self.wide(self.norm(x) * (1 + scale2) + shift2)))
+        h = self.norm(x) * (1 + scale2) + shift2
+        return x + gate2 * self.back(F.gelu(self.wide(h)))
 
-class TextEncoder(nn.Module):
-    """Words (B, L) -> embeddings; embeddings, and tokens in place of the last ones -> c (B, L, d), by a transformer."""
-    def __init__(self, vocabulary, length, d):
-        super().__init__()
-        self.words, self.order = nn.Embedding(vocabulary, d), nn.Parameter(torch.randn(length, d))
-        self.layer = layer_of(d, 2)
-    def forward(self, prompt, tokens=None):  # prompt (B, L, d) = self.words(...); tokens (B, n, d) take the last places
-        if tokens is not None:
-            prompt = torch.cat([prompt[:, :prompt.shape[1] - tokens.shape[1]], tokens], 1)
-        return self.layer(prompt + self.order)
+class TextToVideo(nn.Module):
+    """u(z (B, 3, T, H, W), t (B,), c (B, L, d)) -> like z, float32: Eq. 1 of FlowMo.
 
-class VideoNet(nn.Module):
-    """F(x (B, 3, T, H, W), c_noise (B,), c (B, L, d)) -> like x: convolutions at half size, a transformer at a quarter.
-    'left' means another place in every frame: the embedding of place and frame is multiplied by the text."""
-    def __init__(self, length, size, frames, d, layers, amp=False):
+    embed: indices of words (B, L), 0 for none -> (B, L, d). encode: those -> c, the text encoder.
+    Convolutions at half size, a transformer at a quarter.
+    """
+
+    def __init__(self, words, length, size, frames, d, layers, amp=False):
         super().__init__()
-        ch, self.d, self.length, self.amp = max(8, d // 24 * 8), d, length, amp
-        self.place, self.gain = nn.Parameter(torch.randn(frames, (size // 4) ** 2, d)), nn.Linear(d, d)
+        channels = d // 4
+        self.d = d
+        self.length = length
+        self.shape = (3, frames, size, size)
+        self.amp = amp
+        self.register_buffer("mean", torch.tensor(0.0))  # of the pixels it was trained on
+        self.register_buffer("std", torch.tensor(1.0))
+        self.embed = nn.Embedding(words + 1, d)
+        self.order = nn.Parameter(torch.randn(length, d))
+        self.text = nn.TransformerEncoderLayer(
+            d, d // 32, 2 * d, dropout=0.0, batch_first=True, norm_first=True)
         self.clock = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
         self.sentence = nn.Sequential(nn.Linear(length * d, d), nn.SiLU(), nn.Linear(d, d))
-        self.inp, self.one = conv(12, ch), Convolutions(ch, ch, d)
-        self.down, self.up = nn.Conv3d(ch, d, (1, 2, 2), (1, 2, 2)), nn.ConvTranspose3d(d, ch, (1, 2, 2), (1, 2, 2))
-        self.blocks, self.two = nn.ModuleList(Attention(d) for _ in range(layers)), Convolutions(2 * ch, ch, d)
-        self.out = nn.Sequential(nn.GroupNorm(math.gcd(8, ch), ch), nn.SiLU(), conv(ch, 12))
-        for p in self.out[-1].parameters(): nn.init.zeros_(p)
-    def forward(self, x, c_noise, c):
-        fold = lambda f, v: f(v.transpose(1, 2), 2).transpose(1, 2)  # over space, frame by frame
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-            w = torch.exp(torch.linspace(0, math.log(200), self.d // 2, device=x.device)) * c_noise[:, None]
-            said = self.sentence(c.flatten(1))
-            emb = F.silu(self.clock(torch.cat([w.sin(), w.cos()], 1)) + said)  # (B, d)
-            fine = self.one(self.inp(fold(F.pixel_unshuffle, x)), emb)  # (B, ch, T, H/2, W/2)
+        self.place = nn.Parameter(torch.randn(frames, (size // 4) ** 2, d))
+        self.gain = nn.Linear(d, d)
+        self.inp = conv(12, channels)
+        self.fine = Residual(channels, channels, d)
+        self.down = nn.Conv3d(channels, d, (1, 2, 2), (1, 2, 2))
+        self.blocks = nn.ModuleList(Attention(d) for _ in range(layers))
+        self.up = nn.ConvTranspose3d(d, channels, (1, 2, 2), (1, 2, 2))
+        self.last = Residual(2 * channels, channels, d)
+        self.norm = group_norm(channels)
+        self.out = conv(channels + 12, 12)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def encode(self, prompt):
+        return self.text(prompt + self.order)
+
+    def forward(self, z, t, c):
+        # Ours: around the network stands the best linear guess of u, for data of variance 1.
+        total = like((t**2 + (1 - t) ** 2).sqrt(), z)
+        x = (z / total).transpose(1, 2)  # (B, T, 3, H, W)
+        x = F.pixel_unshuffle(x, 2).transpose(1, 2)  # (B, 12, T, H/2, W/2)
+        w = torch.exp(torch.linspace(0, math.log(200), self.d // 2, device=z.device))
+        angle = w * t[:, None]
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.amp):
+            said = self.sentence(c.flatten(1))  # (B, d)
+            emb = self.clock(torch.cat([angle.sin(), angle.cos()], 1)) + said
+            emb = F.silu(emb)
+            fine = self.fine(self.inp(x), emb)  # (B, channels, T, H/2, W/2)
             coarse = self.down(fine)  # (B, d, T, H/4, W/4)
-            h = coarse.flatten(3).permute(0, 2, 3, 1) + self.place * self.gain(F.silu(said))[:, None, None]
+            # Ours: the sentence times the place, so that 'left' is another place in every frame.
+            place = self.place * self.gain(F.silu(said))[:, None, None]  # (B, T, H W / 16, d)
+            h = coarse.flatten(3).permute(0, 2, 3, 1) + place
             h = torch.cat([c, h.flatten(1, 2)], 1)  # (B, L + T H W / 16, d)
             for block in self.blocks:
                 h = block(h, emb)
-            h = self.up(h[:, self.length:].transpose(1, 2).reshape(coarse.shape))  # (B, ch, T, H/2, W/2)
-            return fold(F.pixel_shuffle, self.out(self.two(torch.cat([h, fine], 1), emb))).float()
+            h = h[:, self.length:].transpose(1, 2).reshape(coarse.shape)
+            h = self.last(torch.cat([self.up(h), fine], 1), emb)
+            # Ours: the input goes into the last layer, too; noise need not pass a narrow network.
+            h = torch.cat([F.silu(self.norm(h)), x], 1)
+            h = self.out(h)  # (B, 12, T, H/2, W/2)
+        h = F.pixel_shuffle(h.float().transpose(1, 2), 2).transpose(1, 2)
+        return like(2 * t - 1, z) / total**2 * z + h / total
+
+# ---------------------------------------- discriminator
 
 class Discriminator(nn.Module):
-    """Flow (N, 2, H, W) in pixels -> logit of being real (N,): a small ViT, or `large`, and a 3-layer MLP."""
-    def __init__(self, size, large=None, d=64, patch=4):
+    """Flow (N, 2, H, W) in pixels -> logit of being real (N,): a ViT and an MLP of three layers.
+
+    The paper's ViT is a pretrained one.
+    """
+
+    def __init__(self, size, d=64, patch=4):
         super().__init__()
-        self.size, self.large, wide = size, large, 1000 if large else d
-        self.inp, self.place = nn.Conv2d(2, d, patch, patch), nn.Parameter(0.02 * torch.randn((size // patch) ** 2, d))
-        self.vit = nn.Sequential(layer_of(d, 2), layer_of(d, 2))
-        self.head = nn.Sequential(nn.Linear(wide, d), nn.GELU(), nn.Linear(d, d), nn.GELU(), nn.Linear(d, 1))
+        self.size = size
+        self.inp = nn.Conv2d(2, d, patch, patch)
+        self.place = nn.Parameter(0.02 * torch.randn((size // patch) ** 2, d))
+        self.vit = nn.Sequential(*[
+            nn.TransformerEncoderLayer(d, 2, 2 * d, 0.0, batch_first=True, norm_first=True)
+            for _ in range(2)])
+        self.head = nn.Sequential(
+            nn.Linear(d, d), nn.GELU(), nn.Linear(d, d), nn.GELU(), nn.Linear(d, 1))
+
     def forward(self, flow):
-        flow = flow * (10 / self.size)  # in tenths of the frame
-        if self.large:  # takes u, v and 0 as an image of 224 px
-            h = self.large(F.interpolate(F.pad(flow, (0, 0, 0, 0, 0, 1)), 224, mode="bilinear"))
-        else:
-            h = self.vit(self.inp(flow).flatten(2).transpose(1, 2) + self.place).mean(1)
-        return self.head(h).squeeze(1)
+        h = self.inp(flow * (10 / self.size))  # in tenths of a frame
+        h = self.vit(h.flatten(2).transpose(1, 2) + self.place)
+        return self.head(h.mean(1)).squeeze(1)
 
-# ----------------------------------------------------------------------------------------------- train
-def estimator(raft, size, updates=2):
-    """estimate(image1, image2) -> flow, of images smaller than the tiny RAFT takes too; the gradient is not cut."""
+# ---------------------------------------- train
+
+def estimator(raft, size):
+    """estimate(image1, image2) -> flow: smaller images than RAFT takes are enlarged first."""
     k = math.ceil(24 / size)
-    enlarge = lambda v: F.interpolate(v, scale_factor=k, mode="bilinear") if k > 1 else v
-    return lambda a, b: F.avg_pool2d(raft(enlarge(a), enlarge(b), updates), k) / k
 
-def flow_pairs(cfg, step, count):
-    """Image pairs with exact flow: image1, image2 uint8 (N, 3, H, W), flow (N, 2, H, W), from two worlds."""
-    def pair(rng):
-        gap = int(rng.integers(1, cfg.gap + 1))
-        clip = common.shapes(rng, cfg.size, 2, flow=True, speed=0.5 * gap) if rng.uniform() < 0.4 else \
-            common.sprites(rng, cfg.size, max(4, (cfg.frames - 1) // gap + 1), flow=True, steady=1.0)
+    def estimate(image1, image2):
+        if k > 1:
+            image1 = F.interpolate(image1, scale_factor=k, mode="bilinear")
+            image2 = F.interpolate(image2, scale_factor=k, mode="bilinear")
+        return F.avg_pool2d(raft(image1, image2), k) / k
+
+    return estimate
+
+@dataclass
+class FlowPairs:
+    """Item `step`: pairs of frames with exact flow; image1, image2 uint8 (N, 3, H, W), flow."""
+    cfg: Config
+    count: int = 16
+
+    def pair(self, rng):
+        size = self.cfg.size
+        gap = rng.integers(1, self.cfg.gap + 1)
+        if rng.uniform() < 0.4:
+            clip = common.shapes(rng, size, 2, flow=True, speed=0.5 * gap)
+        else:
+            frames = max(4, (self.cfg.frames - 1) // gap + 1)
+            clip = common.sprites(rng, size, frames, flow=True, steady=1.0)
         t = rng.integers(len(clip["flow"]))
         return clip["video"][t], clip["video"][t + 1], clip["flow"][t]
-    return [torch.stack(x) for x in zip(*(pair(np.random.default_rng([cfg.seed, 5, step, k])) for k in range(count)))]
 
-def train_raft(cfg, stage, device):
-    """Tiny RAFT on procedural pairs of steady motion, some with noise."""
+    def __getitem__(self, step):
+        pairs = []
+        for k in range(self.count):
+            pairs.append(self.pair(np.random.default_rng([self.cfg.seed, 5, step, k])))
+        return [torch.stack(part) for part in zip(*pairs)]
+
+def train_raft(cfg, out, device):
+    """The tiny RAFT, on exact flow of two worlds; half of the pairs are noisy."""
     torch.manual_seed(cfg.seed + 1)
     raft = TinyRAFT().to(device)
-    optimiser, grow = torch.optim.AdamW(raft.parameters(), 2e-3), math.ceil(24 / cfg.size)
-    def step(k, pairs):
-        a, b, true = (x.to(device) for x in pairs)
-        g = make_rng(cfg.seed, 5, k)
-        noise = 0.2 * torch.rand(1, generator=g) * (torch.rand(1, generator=g) < 0.5)
-        a, b = (to_float(x) + (noise * torch.randn(x.shape, generator=g)).to(device) for x in (a, b))
-        a, b = (F.interpolate(x, scale_factor=grow, mode="bilinear") if grow > 1 else x for x in (a, b))
-        true = grow * F.interpolate(true, scale_factor=grow)
-        weight = 1 + 4 * (true.square().sum(1) > 0.01)  # (N, H, W)
-        flows = raft(a, b, updates=4, detach=True, every=True)
-        loss = sum(0.8 ** (3 - n) * (weight * (f - true).abs().sum(1)).mean() for n, f in enumerate(flows))
-        descend(loss, raft, optimiser, warm_decay(k, cfg.raft_iters))
-        return dict(raft=loss)
-    stage("raft", cfg.raft_iters, dict(raft=raft, optimiser=optimiser), partial(flow_pairs, cfg, count=16), step)
+    optimizer = torch.optim.AdamW(raft.parameters(), cfg.lr)
+    saved = common.restore(out / "raft.pt", "motionprompt", cfg, raft=raft, optimizer=optimizer)
+    start = saved["step"]
+    log = common.Log(cfg.raft_iters, start, saved["log"], "flow estimator")
+    k = math.ceil(24 / cfg.size)  # RAFT takes images of 24 px and more
+
+    pairs = common.prefetch(FlowPairs(cfg), range(start, cfg.raft_iters))
+    for step, (image1, image2, true) in enumerate(pairs, start + 1):
+        rng = make_rng(cfg.seed, 5, step)
+        noise = cfg.noise * torch.rand(1, generator=rng) * (torch.rand(1, generator=rng) < 0.5)
+        image1 = to_float(image1) + noise * torch.randn(image1.shape, generator=rng)
+        image2 = to_float(image2) + noise * torch.randn(image2.shape, generator=rng)
+        image1 = F.interpolate(image1, scale_factor=k, mode="bilinear")
+        image2 = F.interpolate(image2, scale_factor=k, mode="bilinear")
+        true = k * F.interpolate(true, scale_factor=k).to(device)
+        weight = 1 + 4 * (true.square().sum(1) > 0.01)  # (N, H, W): what moves counts more
+        loss = 0
+        flows = raft(image1.to(device), image2.to(device), updates=4, detach=True, every=True)
+        for n, flow in enumerate(flows):
+            loss = loss + 0.8 ** (3 - n) * (weight * (flow - true).abs().sum(1)).mean()
+
+        optimizer.param_groups[0]["lr"] = cfg.lr * min(1, step / 100, 1.01 - step / cfg.raft_iters)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(raft.parameters(), 1.0)
+        optimizer.step()
+
+        stop = log.add(step, flow=loss)
+        if step % SAVE_EVERY == 0 or step == cfg.raft_iters or stop:
+            common.save_checkpoint(
+                out, "motionprompt", cfg, log, "raft", step=step, raft=raft.state_dict(),
+                optimizer=optimizer.state_dict())
+        if stop:
+            raise KeyboardInterrupt
+    log.close()
     return raft.eval().requires_grad_(False)
 
-def train_video(cfg, stage, net, average, clips, text, moments, device):
-    """The text encoder and the text-to-video denoiser, on `clips` with captions `text` (N, L)."""
-    optimiser = torch.optim.AdamW([  # words at a tenth, else what they mean moves on faster than it is learned
-        dict(params=net["video"].parameters()), dict(params=net["text"].parameters(), lr=0.1 * cfg.train_lr)],
-        cfg.train_lr, betas=(0.9, 0.98))
-    batches = common.Batches(clips, cfg.batch, cfg.frames, cfg.seed)
-    def step(k, batch):
-        g = make_rng(cfg.seed, 1, k)
-        y = normalise(batch.to(device), moments)
-        t, near = torch.rand(2, cfg.batch, generator=g)
-        t = torch.where(near < 0.4, 0.85 + 0.15 * t, t).clamp(0.01, 0.99)  # motion is decided at high noise
-        sigma = (t / (1 - t)).to(device)
-        n, keep = torch.randn(y.shape, generator=g).to(device), torch.rand(cfg.batch, 1, generator=g) >= cfg.drop
-        words = spread(text[batches.where(k)[0]], g) * keep
-        D = denoiser(net)(y + like(sigma, y) * n, sigma, net["text"](net["text"].words(words.to(device))))
-        loss = (edm_weight(sigma) * (D - y).square().flatten(1).mean(1)).mean()
-        descend(loss, net, optimiser, warm_decay(k, cfg.iters), average)
-        return dict(video=loss)
-    stage("video", cfg.iters, dict(net=net, average=average, optimiser=optimiser), batches.__getitem__, step)
+def turn(flow, rng):
+    """Flow (N, 2, H, W), H = W, of the same clips seen mirrored and turned by quarters."""
+    if torch.rand(1, generator=rng) < 0.5:
+        flow = flow.flip(3) * torch.tensor([-1.0, 1.0], device=flow.device).view(2, 1, 1)
+    if torch.rand(1, generator=rng) < 0.5:
+        flow = flow.flip(2) * torch.tensor([1.0, -1.0], device=flow.device).view(2, 1, 1)
+    if torch.rand(1, generator=rng) < 0.5:
+        flow = flow.transpose(2, 3).flip(1)
+    return flow
 
-def spread(text, g):
-    """The last word of the longest captions, in `sprites` the word of quality, moves to a random place from its own to
-    the last, so that tokens there mean something: (B, L) -> (B, L)."""
-    own = text.shape[1] - FREE - 1
-    place = own + torch.randint(FREE + 1, (len(text), 1), generator=g)
-    return text.clone().index_fill_(1, torch.arange(own, text.shape[1]), 0).scatter(1, place, text[:, own:own + 1])
+def flow_of_clips(cfg, clips, estimate, rng, pairs=1):
+    """Flow of random pairs of frames of clips uint8 (N, T, 3, H, W), under noise: (N pairs, ...).
 
-def denoiser(net):
-    """denoise(x, sigma, c) -> D(x; sigma, c) of the trained network."""
-    return lambda x, sigma, c: edm_denoise(lambda z, c_noise: net["video"](z, c_noise, c), x, sigma)
+    Paper silent: the discriminator judges flow of estimates, which are not clean, so it is trained
+    on flow of clips that are not clean either.
+    """
+    video = to_float(clips).transpose(1, 2)  # (N, 3, T, H, W)
+    n = torch.randn(video.shape, generator=rng).to(video.device)
+    i, j = random_pairs(len(video), cfg.frames, pairs, cfg.gap, rng)
+    with torch.no_grad():
+        return flow_of_pairs(video + cfg.noise * n, i, j, nn.Identity(), estimate)
 
-def train_discriminator(cfg, stage, real, fake, estimate, device):
-    """The discriminator on flows of real (N, T, 3, H, W) against generated clips: the usual GAN loss, but no generator
-    is trained. The flow of both comes from the same estimator and the same law of pairs."""
+def train_discriminator(cfg, raft, real, fake, out, device):
+    """Flow of real clips against flow of generated ones, uint8 (N, T, 3, H, W) both.
+
+    The usual loss of a GAN's discriminator, but no generator is trained.
+    """
     torch.manual_seed(cfg.seed + 2)
-    large = cfg.vit == "vit_b_16" and common.pretrained(torchvision.models.vit_b_16, "--vit vit_b_16", "--vit tiny")
-    net = Discriminator(cfg.size, large).to(device)
-    optimiser = torch.optim.AdamW(net.parameters(), 3e-5 if large else 1e-3, weight_decay=0.05)
-    clips = real.to(device), fake.to(device)
-    def step(k, _):
-        g, logits = make_rng(cfg.seed, 6, k), []
-        for kind in clips:
-            video = to_float(kind[torch.randint(len(kind), (32,), generator=g)]).transpose(1, 2)
-            with torch.no_grad():
-                flow = flow_of_pairs(video, *random_pairs(32, cfg.frames, 1, cfg.gap, g), lambda v: v, estimate)
-            logits.append(net(flow))
-        loss = -(F.logsigmoid(logits[0]).mean() + F.logsigmoid(-logits[1]).mean()) / 2
-        descend(loss, net, optimiser, warm_decay(k, cfg.disc_iters))
-        return dict(disc=loss)
-    stage("disc", cfg.disc_iters, dict(disc=net, optimiser=optimiser), None, step)
-    return net.eval().requires_grad_(False)
+    disc = Discriminator(cfg.size).to(device)
+    optimizer = torch.optim.AdamW(disc.parameters(), 0.5 * cfg.lr, weight_decay=0.05)
+    saved = common.restore(out / "ckpt.pt", "motionprompt", cfg, disc=disc, optimizer=optimizer)
+    start = saved["step"]
+    log = common.Log(cfg.disc_iters, start, saved["log"], "discriminator")
+    estimate = estimator(raft, cfg.size)
+
+    for step in range(start + 1, cfg.disc_iters + 1):
+        rng = make_rng(cfg.seed, 6, step)
+        some_real = real[torch.randint(len(real), (32,), generator=rng)].to(device)
+        some_fake = fake[torch.randint(len(fake), (32,), generator=rng)].to(device)
+        real_logit = disc(turn(flow_of_clips(cfg, some_real, estimate, rng), rng))
+        fake_logit = disc(turn(flow_of_clips(cfg, some_fake, estimate, rng), rng))
+        loss = -F.logsigmoid(real_logit).mean() / 2 - F.logsigmoid(-fake_logit).mean() / 2
+
+        decay = 2.5 * (1 - step / cfg.disc_iters)  # in the last 40 %
+        optimizer.param_groups[0]["lr"] = 0.5 * cfg.lr * min(1, step / 100, decay + 0.01)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(disc.parameters(), 1.0)
+        optimizer.step()
+
+        stop = log.add(step, disc=loss)
+        if step % SAVE_EVERY == 0 or step == cfg.disc_iters or stop:
+            common.save_checkpoint(
+                out, "motionprompt", cfg, log, step=step, raft=raft.state_dict(),
+                disc=disc.state_dict(), optimizer=optimizer.state_dict())
+        if stop:
+            raise KeyboardInterrupt
+    log.close()
+    return disc.eval().requires_grad_(False)
 
 @torch.no_grad()
-def scores(cfg, disc, clips, estimate, device, rounds=4):
-    """phi of every clip, over a few pairs each, (N, rounds). clips uint8 (N, T, 3, H, W)."""
-    video, g = to_float(clips).transpose(1, 2).to(device), make_rng(cfg.seed, 7, 0)
-    flow = flow_of_pairs(video, *random_pairs(len(video), cfg.frames, rounds, cfg.gap, g), lambda v: v, estimate)
-    return disc(flow).sigmoid().view(len(video), rounds).cpu()
+def make_fakes(cfg, net, words, captions, device):
+    """Clips of the video model for the discriminator, uint8 (N, T, 3, H, W).
 
-# ----------------------------------------------------------------------------------------------- evaluate
-METHODS = ("base", "words", "motionprompt", "random", "tv_only", "disc_only", "no_penalty", "latent")
+    Without guidance by the prompt: those have more of the faults it is to know. Paper silent.
+    """
+    text = common.to_indices(captions, words, net.length).to(device)
+    noise = torch.randn((len(text), *net.shape), generator=make_rng(cfg.seed, 7, 0))
+    sigmas = levels(cfg)
+    denoise = as_edm(net)
+    made = []
+    for a in tqdm(range(0, len(text), 32), "generating clips for the discriminator", leave=False):
+        c = net.encode(net.embed(text[a:a + 32]))
+        x = sigmas[0] * noise[a:a + 32].to(device)
+        for step in range(cfg.steps):
+            x = euler_step(denoise, x, sigmas[step].to(x).expand(len(x)), sigmas[step + 1].to(x), c)
+        made.append(to_uint8(x * net.std + net.mean).transpose(1, 2))
+    return torch.cat(made)
 
-def evaluate(cfg, net, estimate, disc, prompts, vocabulary, noise, sigmas, moments, device):
-    """Sample the same prompts and noise with every method: rows, videos."""
-    text, denoise = net["text"], denoiser(net)
-    decode, guided = lambda v: v * moments[1] + moments[0], common.guided_steps(cfg)
-    rows, videos, moved, length = [], {}, {}, net["video"].length
-    null = text(text.words(torch.zeros(1, length).long().to(device)))
-    sampler, inner = (prompted(denoise, null, rho) for rho in (cfg.rho, cfg.inner_rho))
-    said = text.words(encode(prompts, vocabulary, length).to(device))  # (N, L, d)
-    names = cfg.tokens.split(",")
-    first = text.words(torch.tensor([[vocabulary.index(w) + 1 for w in names]]).to(device))  # (1, n, d)
+# ---------------------------------------- load
+
+def load_video_model(cfg, device):
+    """The text-to-video model of flowmo.py and its words. Raises Fault."""
+    path = Path(cfg.model or MODELS / "sprites.pt")
+    saved = common.load_checkpoint(path, "flowmo")
+    made = saved["config"]
+    for name in ("size", "frames"):
+        if made[name] != getattr(cfg, name):
+            raise Fault(f"--{name} {getattr(cfg, name)}: the model in {path} has {made[name]}; "
+                        f"give --{name} {made[name]}, or another --model")
+    net = TextToVideo(len(saved["words"]), saved["length"], made["size"], made["frames"],
+                      made["width"], made["layers"], cfg.amp)
+    net.load_state_dict(saved["model"])
+    if saved["step"] != made["iters"]:
+        raise Fault(f"{path} has {saved['step']} of {made['iters']} steps of training: "
+                    "flowmo.py --resume makes the others")
+    print(f"text-to-video model: {path}")
+    return net.to(device).eval().requires_grad_(False), saved["words"]
+
+def disc_path(cfg):
+    """The checkpoint of a run that trained, else --disc, else the shipped one."""
+    own = Path(cfg.out_dir) / "ckpt.pt"
+    if cfg.eval_only and own.exists():
+        return own
+    return Path(cfg.disc or MODELS / "motionprompt.pt")
+
+def load_disc(cfg, path, device):
+    """The flow estimator and the discriminator. Raises Fault."""
+    saved = common.load_checkpoint(path, "motionprompt")
+    made = saved["config"]
+    if made["size"] != cfg.size or made["gap"] != cfg.gap:
+        raise Fault(f"the discriminator in {path} was trained with --size {made['size']} "
+                    f"--gap {made['gap']}: give these, or make another by --train")
+    if saved["step"] != made["disc_iters"]:
+        raise Fault(f"{path} has {saved['step']} of {made['disc_iters']} steps of training: "
+                    "--resume makes the others")
+    raft = TinyRAFT()
+    raft.load_state_dict(saved["raft"])
+    disc = Discriminator(cfg.size)
+    disc.load_state_dict(saved["disc"])
+    print(f"flow estimator and discriminator: {path}")
+    raft.to(device).eval().requires_grad_(False)
+    disc.to(device).eval().requires_grad_(False)
+    return raft, disc
+
+# ---------------------------------------- sample and evaluate
+
+METHODS = {"base": "no token", "words": "the word", "motionprompt": "MotionPrompt",
+           "random": "random token"}
+
+def levels(cfg):
+    return common.karras_sigmas(cfg.steps, low=0.02)  # noise of 0.02 nobody sees
+
+def generate(cfg, net, words, raft, disc, prompts, noise, method, paths):
+    """One video of each prompt from noise (N, 3, T, H, W), by a method of METHODS.
+
+    Returns uint8 (N, T, 3, H, W), evaluations and seconds for each video (a gradient takes about
+    two more), and the path of the tokens of every 32 videos, which "random" is given as `paths`.
+    """
+    device = noise.device
+    n = len(common.split_words(cfg.tokens))
+    start = common.to_indices([cfg.tokens], words, n).to(device)
+    text = common.to_indices(prompts, words, net.length - n).to(device)
+    text = F.pad(text, (0, n))  # room for the tokens
+    sigmas = levels(cfg)
+    guided = common.guided_steps(cfg) if method != "base" else set()
+    K = cfg.K if method == "motionprompt" else 0
     weights = (cfg.lambda1, cfg.lambda2, cfg.lambda3)
-    kinds = {"motionprompt": weights, "tv_only": (0, *weights[1:]), "disc_only": (weights[0], 0, weights[2]),
-             "no_penalty": (*weights[:2], 0)}
-    for name in cfg.methods.split(","):
-        g, parts, began = make_rng(cfg.seed, 8, 0), [], time.perf_counter()
-        pairs = lambda n: random_pairs(n, cfg.frames, cfg.pairs, cfg.gap, g)
-        if device.type == "cuda": torch.cuda.reset_peak_memory_stats()
-        for a in tqdm(range(0, len(noise), 32), f"sampling {name}", leave=False):
-            x, prompt = sigmas[0] * noise[a:a + 32].to(device), said[a:a + 32]
-            start, tools = first.expand(len(x), -1, -1), (decode, estimate, disc, guided, cfg.K)
-            def control(step, x, sigma):  # words: far is 0; random: as far as MotionPrompt's T from T0 at this step
-                if step not in guided or name == "base": return text(prompt)
-                away = torch.randn(start.shape, generator=g).to(start) * (name == "random")
-                far = moved.get((a, step), start.new_zeros(len(x))) / away.flatten(1).norm(dim=1).clamp(min=1e-12)
-                return text(prompt, start + like(far, away) * away)
-            watch = lambda step, T: moved.setdefault((a, step), (T - start).flatten(1).norm(dim=1))
-            if name in kinds:
-                x = motionprompt(sampler, text, prompt, start, x, sigmas, *tools, cfg.lr, kinds[name], pairs, cfg.keep,
-                                 inner, watch if name == "motionprompt" else None)
-            elif name == "latent":
-                x = latent_guidance(sampler, text(prompt), x, sigmas, *tools, cfg.latent_eta, weights, pairs, inner)
-            else:
-                x = euler(sampler, x, sigmas, control)
-            parts.append(x.cpu())
-        z = torch.cat(parts)
-        videos[name] = to_uint8(decode(z)).transpose(1, 2)
-        cost = 2 if cfg.inner_rho else 1  # forward and backward; without guidance by the prompt half of each
-        inner_steps = cfg.K * len(guided) * (name in kinds or name == "latent")
-        rows.append(dict(method=name, n=len(names), K=cfg.K, lr=cfg.lr, evaluations=cfg.steps + cost * inner_steps,
-                         peak_mb=torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else None,
-                         s_per_video=(time.perf_counter() - began) / len(noise), seed=cfg.seed,
-                         motion_smoothness=common.smoothness(videos[name]).mean().item(),
-                         disc_score=scores(cfg, disc, videos[name], estimate, device).mean().item()))
-    plain_s = next((r["s_per_video"] for r in rows if r["method"] == "base"), None)
-    for row in rows: row["cost_ratio"] = plain_s and row["s_per_video"] / plain_s
+    estimate = estimator(raft, cfg.size)
+    rng = make_rng(cfg.seed, 8, 0)
+    with torch.no_grad():
+        c_0 = net.encode(net.embed(0 * text[:1]))
+        T0 = net.embed(start)  # (1, n, d)
+
+    def decode(video):  # stands where a latent model has its VAE
+        return video * net.std + net.mean
+
+    def loss(D, T):
+        i, j = random_pairs(len(D), cfg.frames, cfg.pairs, cfg.gap, rng)
+        flow = flow_of_pairs(D, i, j, decode, estimate)
+        return motion_loss(disc(flow), flow, T, T0, weights)
+
+    made = []
+    walked = []
+    began = time.perf_counter()
+    for a in tqdm(range(0, len(noise), 32), f"sampling, {METHODS[method]}", leave=False):
+        some = text[a:a + 32]
+
+        def encode(tokens):
+            prompt = net.embed(some)
+            if tokens is not None:
+                prompt = append(prompt, tokens, (some > 0).sum(1))
+            return net.encode(prompt)
+
+        inner = common.counted(as_edm(net))
+        denoise = common.counted(prompted(as_edm(net), c_0, cfg.guidance_scale))
+        x = sigmas[0] * noise[a:a + 32]
+        T = T0.expand(len(x), -1, -1)
+        if method == "random":
+            x = random_tokens(denoise, encode, T, paths[a // 32], x, sigmas, rng)
+        else:
+            x, path = motionprompt(
+                denoise, inner, encode, T, x, sigmas, guided, loss, K, cfg.token_lr)
+            walked.append(path)
+        made.append(to_uint8(decode(x)).transpose(1, 2))
+    seconds = (time.perf_counter() - began) / len(noise)
+    return torch.cat(made), denoise.calls + inner.calls, seconds, walked
+
+def evaluate(cfg, net, words, raft, disc, prompts, procedural):
+    """The same prompts and noise by every method. Returns rows and videos."""
+    shape = (len(prompts), *net.shape)
+    noise = torch.randn(shape, generator=make_rng(cfg.seed, 3, 0)).to(net.mean.device)
+    rows = []
+    videos = {}
+    paths = []
+    for method, label in METHODS.items():
+        videos[method], calls, seconds, walked = generate(
+            cfg, net, words, raft, disc, prompts, noise, method, paths)
+        if method == "motionprompt":
+            paths = walked
+        rows.append(dict(method=label, seed=cfg.seed, prompts=len(prompts), evaluations=calls,
+                         s_per_video=seconds))
+    scores = common.score(videos, prompts, ("base", "words", "random")) if procedural else {}
+    for method, row in zip(METHODS, rows):
+        row["cost_ratio"] = row["s_per_video"] / rows[0]["s_per_video"]
+        row.update(scores.get(method, {}))
     return rows, videos
 
-def pictures(cfg, out, videos, estimate, log, device):
-    """samples.gif, sheet.png (with the flow of MotionPrompt and base, colour wheels) and curves.png (losses)."""
-    pages = [common.sheet([(k, v[:8, a]) for k, v in videos.items()], [f"frame {a}"], scale=max(1, 64 // cfg.size))
-             for a in range(cfg.frames)]
-    common.save_pages(out / "samples.gif", pages, ms=150)
-    wheel = lambda v: flow_to_image(estimate(to_float(v[:-1]).to(device), to_float(v[1:]).to(device)).cpu())
-    lines = [line for n in range(min(4, cfg.prompts)) for k in ("base", "motionprompt") if k in videos for line in (
-        (f"{k}\nprompt {n}", videos[k][n, :-1]), ("  its flow", wheel(videos[k][n])))] or [("real", videos["real"][0])]
-    page = common.sheet(lines, [f"frame {a}" for a in range(cfg.frames - 1)], scale=max(1, 64 // cfg.size))
-    common.save_page(out / "sheet.png", page)
-    series = {k: [(r["step"], r[k]) for r in log if r[k] != ""] for k in ("raft", "video", "disc")}
-    common.save_curves(out / "curves.png", [dict(title=f"loss: {k}", x="step", y="", lines={k: tuple(zip(*v))})
-                                            for k, v in series.items() if v])
+def film_prompt(cfg, device):
+    """--prompt: one gif of four samples, without and with MotionPrompt."""
+    folder = common.find_run("motionprompt", cfg.dataset, cfg.out_dir)
+    path = Path(cfg.disc or MODELS / "motionprompt.pt")
+    if not cfg.disc and folder and (folder / "ckpt.pt").exists():
+        path = folder / "ckpt.pt"
+    net, words = load_video_model(cfg, device)
+    raft, disc = load_disc(cfg, path, device)
+    common.check_prompt("tokens", cfg.tokens, words, FREE)
+    common.check_prompt("prompt", cfg.prompt, words, net.length - FREE)
+    noise = torch.randn(4, *net.shape, generator=make_rng(cfg.seed, 3, 0)).to(device)
+    videos = {}
+    for method in ("base", "motionprompt"):
+        label = METHODS[method]
+        videos[label] = generate(
+            cfg, net, words, raft, disc, [cfg.prompt] * 4, noise, method, [])[0]
+    path = Path(folder or "out") / "motionprompt-prompt.gif"
+    common.save_gif(path, videos, width=96, ms=150)
+    print(f"wrote {path}")
 
-COLUMNS = {"method": ("method", ""), "coherent": ("coherent", ".3f"), "coherent_ci": ("- base, 95 %", ""),
-           "coherent_ci_words": ("- words, 95 %", ""), "coherent_ci_random": ("- random, 95 %", ""),
-           "subject_consistency": ("subject", ".4f"), "background_consistency": ("backgr.", ".4f"),
-           "flicker": ("flicker", ".2f"), "motion_smoothness": ("smooth", ".4f"), "dynamic_degree": ("speed", ".3f"),
-           "prompt_acc": ("prompt", ".3f"), "disc_score": ("phi", ".3f"), "evaluations": ("evals", ".0f"),
-           "cost_ratio": ("time", ".2f"), "peak_mb": ("MB", ".0f")}
+# ---------------------------------------- main
+
+COLUMNS = {
+    "method": ("method", ""), "coherent": ("coherent", ".3f"),
+    "over_base_text": ("more than without, 95 %", ""),
+    "over_words_text": ("than the word", ""), "over_random_text": ("than random", ""),
+    "obeyed": ("obeyed", ".3f"),
+    "speed": ("px a frame", ".2f"), "evaluations": ("evaluations", "d"),
+    "cost_ratio": ("time", ".2f"),
+}
+
 def check(cfg):
     """What single values cannot tell. Raises Fault."""
-    cfg.methods = ",".join(METHODS) if cfg.methods == "all" else cfg.methods
-    cfg.guided = cfg.guided or f"0-{cfg.steps // 2 - 1}"
     common.guided_steps(cfg)
-    common.check_names(cfg, "methods", METHODS)
-    if cfg.size % 4 or cfg.width % 32: raise Fault(f"--size {cfg.size}: a multiple of 4, --width {cfg.width} of 32")
-    if cfg.tokens.count(",") >= FREE: raise Fault(f"--tokens {cfg.tokens}: at most {FREE} words")
-    if cfg.gap >= cfg.frames: raise Fault(f"--gap {cfg.gap}: must be below --frames {cfg.frames}")
-    if "random" in cfg.methods and "motionprompt" not in cfg.methods.split("random")[0]:
-        raise Fault(f"--methods {cfg.methods}: random goes as far as motionprompt did; name that one before it")
+    if cfg.size % 4:
+        raise Fault(f"--size {cfg.size}: must be a multiple of 4")
+    if cfg.gap >= cfg.frames:
+        raise Fault(f"--gap {cfg.gap}: must be below --frames {cfg.frames}")
+    if cfg.train and cfg.prompt:
+        raise Fault("--prompt samples from models that are there: leave --train out")
+    if cfg.train and cfg.disc:
+        raise Fault("--train makes a discriminator, --disc loads one: leave one of them out")
+    if cfg.resume and not cfg.train:
+        raise Fault("--resume goes on with a training, and this run had none: run it again")
 
 def main():
-    began, cfg = time.time(), common.parse_args("motionprompt", Config, PRESETS, __doc__)
+    began = time.time()
+    cfg = common.parse_args("motionprompt", Config, PRESETS, __doc__)
     check(cfg)
     device = common.pick_device(cfg.device)
-    cfg.device = str(device)
-    train_clips, test_clips, captions, test_captions, words, longest, source = common.load_captioned(cfg)
-    length = longest + FREE
-    if len(train_clips) < 4: raise Fault(f"{len(train_clips)} training clips: the discriminator needs 4 at least")
-    for w in set(cfg.tokens.split(",")) - set(words):
-        raise Fault(f"--tokens {cfg.tokens}: {w!r} is in no caption; choose from {', '.join(words)}")
-    out = common.open_run("motionprompt", cfg, train_clips, test_clips)
-    saved = common.load_stages(out / "ckpt.pt", "motionprompt", cfg, ("disc", cfg.disc_iters))
-    if saved.setdefault("words", words) != words:
-        raise Fault(f"{out / 'ckpt.pt'} was trained on other captions than those in --data_dir; use another --out_dir")
-    moments = common.moments(train_clips)
-    torch.manual_seed(cfg.seed)
-    shape = length, cfg.size, cfg.frames, cfg.width, cfg.layers, cfg.amp
-    net = nn.ModuleDict(dict(text=TextEncoder(len(words) + 1, length, cfg.width), video=VideoNet(*shape))).to(device)
-    average = averaged(net, cfg.ema)
-    print(f"{cfg.preset} preset on {device}, {len(train_clips)} + {len(test_clips)} captioned clips ({source}), "
-          f"{sum(p.numel() for p in net.parameters()):,} parameters")
-    if cfg.compile: [module["video"].compile() for module in (net, average.module)]
-    stage = partial(common.stage, "motionprompt", cfg, out, saved, train_clips, ["raft", "video", "disc"])
-    estimate = estimator(train_raft(cfg, stage, device), cfg.size)
-    train_video(cfg, stage, net, average, train_clips, encode(captions, words, length), moments, device)
-    net = average.module.eval().requires_grad_(False)
-    stack = lambda clips, which: torch.stack([clips.frames(k, 0, cfg.frames) for k in which])
-    say = lambda words: net["text"](net["text"].words(words.to(device)))
-    sigmas = karras_sigmas(cfg.steps, low=0.02)  # noise of 0.02 nobody sees
-    if "fakes" not in saved:  # base samples of training captions, for the discriminator
-        asked = encode([plain(c) for c in captions[:cfg.fakes]], words, length)
-        noise = torch.randn(len(asked), 3, cfg.frames, cfg.size, cfg.size, generator=make_rng(cfg.seed, 9, 0))
-        sampler = prompted(denoiser(net), say(0 * asked[:1]), cfg.rho)
-        made = [euler(sampler, sigmas[0] * noise[a:a + 32].to(device), sigmas, lambda *_, c=say(asked[a:a + 32]): c)
-                for a in tqdm(range(0, len(asked), 32), "generating clips for the discriminator", leave=False)]
-        saved["fakes"] = to_uint8(torch.cat(made).cpu() * moments[1] + moments[0]).transpose(1, 2).contiguous()
-    fakes, kept = saved["fakes"], int(0.75 * len(saved["fakes"]))
-    whole = lambda clips: torch.cat([common.coherent(common.track(c)) for c in clips.split(256)]) \
-        if source == "procedural" else torch.ones(len(clips)) > 0
-    real = stack(train_clips, range(min(4 * cfg.fakes, len(train_clips))))
-    disc = train_discriminator(cfg, stage, real[whole(real)], fakes[:kept], estimate, device)  # real video is coherent
-    held_out = stack(test_clips, range(min(cfg.fakes, len(test_clips)))), fakes[kept:]
-    phi, good = [scores(cfg, disc, v, estimate, device) for v in held_out], [whole(v) for v in held_out]
-    quality = dict(real=(phi[0][good[0]] > 0.5).float().mean().item(), generated=(phi[1] <= 0.5).float().mean().item())
-    quality |= dict(balanced=sum(quality.values()) / 2, calibration=common.calibration(phi[0][good[0]], phi[1]))
-    if source == "procedural":  # does phi rank coherent clips above the others?
-        quality |= {f"auc_{k}": common.auc(p.mean(1), g) for k, p, g in zip(("real", "generated"), phi, good)}
-    prompts = [plain(test_captions[k % len(test_captions)]) for k in range(cfg.prompts)]
-    noise = torch.randn(cfg.prompts, 3, cfg.frames, cfg.size, cfg.size, generator=make_rng(cfg.seed, 4, 0))
-    rows, videos = evaluate(cfg, net, estimate, disc, prompts, words, noise, sigmas, moments, device)
+    if cfg.prompt:
+        return film_prompt(cfg, device)
+    trains = cfg.train and not cfg.eval_only
+    net, words = load_video_model(cfg, device)
+    common.check_prompt("tokens", cfg.tokens, words, FREE)
+    if not trains:
+        raft, disc = load_disc(cfg, disc_path(cfg), device)
+    counts = (4 * cfg.fakes if trains else 2, 512)  # without --train none is trained on
+    world = {"steady": 1.0} if cfg.dataset == "sprites" else {}  # real video has no flaws
+    train_clips, test_clips, source = common.load_clips(
+        cfg.dataset, cfg.data_dir, cfg.size, counts, cfg.frames, cfg.seed, min_frames=cfg.frames,
+        **world)
+    captions = common.captions_of(train_clips, cfg.dataset)
+    test_captions = common.captions_of(test_clips, cfg.dataset)
     if source == "procedural":
-        common.score(rows, videos, prompts, ("base", "words", "random"))
-    videos["real"] = stack(test_clips, range(min(cfg.prompts, len(test_clips))))
-    dataset = dict(name=cfg.dataset, source=source, clips=[len(train_clips), len(test_clips)], size=cfg.size)
-    common.write_results(out, "motionprompt", cfg, device, dataset, common.finite(rows), began,
-                         discriminator=common.finite(quality))
-    pictures(cfg, out, videos, estimate, saved["log"], device)
-    print("\ndiscriminator, held out:", ", ".join(f"{k} {v:.2f}" for k, v in quality.items() if k != "calibration"))
-    print("phi against the share of real pairs:", ", ".join(f"{p:.2f} {q:.2f}" for p, q in quality["calibration"]))
-    print(f"\n{cfg.prompts} prompts, Euler, {cfg.steps} steps, guided {cfg.guided}, tokens {cfg.tokens}, K {cfg.K}, "
-          f"lr {cfg.lr}\n" + common.table(rows, COLUMNS))
-    print(f"\nwrote {', '.join(p.name for p in sorted(out.iterdir()))} in {out}/ after {time.time() - began:.0f} s")
+        captions = [common.strip_quality_words(caption) for caption in captions]
+        test_captions = [common.strip_quality_words(caption) for caption in test_captions]
+    out = common.open_run("motionprompt", cfg, train_clips, test_clips, trained=cfg.train)
+    print(f"preset {cfg.preset} on {device}, {len(train_clips)} + {len(test_clips)} {source} clips")
+    if cfg.compile:
+        net.compile()
+
+    if trains:
+        raft = train_raft(cfg, out, device)
+        real = torch.stack([train_clips.frames(k, 0, cfg.frames) for k in range(len(train_clips))])
+        asked = [captions[k % len(captions)] for k in range(cfg.fakes)]
+        fake = make_fakes(cfg, net, words, asked, device)
+        disc = train_discriminator(cfg, raft, real, fake, out, device)
+    common.check_words(test_captions, words, some=True)
+    prompts = [test_captions[k % len(test_captions)] for k in range(cfg.prompts)]
+    rows, videos = evaluate(cfg, net, words, raft, disc, prompts, source == "procedural")
+    dataset = dict(name=cfg.dataset, source=source, clips=[len(train_clips), len(test_clips)])
+    common.write_results(out, "motionprompt", cfg, device, dataset, rows, began)
+    shown = {"without": videos["base"], "MotionPrompt": videos["motionprompt"]}
+    common.save_changes(out, shown, prompts, source == "procedural")
+    used = levels(cfg)[sorted(common.guided_steps(cfg))]
+    print(f"\n{cfg.prompts} prompts, {cfg.steps} steps of Euler's, guided {cfg.guided}: sigma "
+          f"{used[0]:.1f} to {used[-1]:.1f}")
+    print(common.table(rows, COLUMNS))
+    print(f"wrote {', '.join(sorted(p.name for p in out.iterdir()))} in {out}/")
+    print(f"{time.time() - began:.0f} s")
 
 if __name__ == "__main__":
     common.run(main)

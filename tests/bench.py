@@ -278,119 +278,98 @@ def raft_against_torchvision():
         yield f"torchvision's raft_small / tiny RAFT, {updates} updates", q / p, ">= 3", note
 
 
+def text_to_video(cfg):
+    """A network of random weights, and what it makes of a prompt of five words and of none."""
+    torch.manual_seed(0)
+    net = flowmo.TextToVideo(20, 9, cfg.size, cfg.frames, 384 if GPU else 128, 8 if GPU else 3, cfg.amp)
+    net = net.to(DEVICE).eval().requires_grad_(False)
+    text = torch.tensor([[1, 2, 3, 4, 5, 0, 0, 0, 0]], device=DEVICE)
+    return net, net.embed(text), net.encode(net.embed(0 * text))
+
+
 @bench
 def guided_sampling():
     """FlowMo at the paper's 12 of 50 guided steps, against plain sampling with the same network."""
     cfg = flowmo.Config(**flowmo.PRESETS["small" if GPU else "tiny"])
-    noise = torch.randn(8, 3, cfg.frames, cfg.size, cfg.size, device=DEVICE)
-    text = torch.ones(8, 6, dtype=torch.long, device=DEVICE)
+    net, prompt, c_0 = text_to_video(cfg)
+    noise = torch.randn(8, *net.shape, device=DEVICE)
+    velocity = flowmo.prompted(net, net.encode(prompt).expand(8, -1, -1), c_0, 2.0)
 
-    def sampler(checkpointing, guide):
-        torch.manual_seed(0)
-        net = flowmo.TextToVideo(20, 6, cfg.size, cfg.frames, cfg.width, cfg.layers, cfg.amp, checkpointing)
-        velocity = flowmo.prompted(net.to(DEVICE).eval().requires_grad_(False), text, 1.0)
-        return lambda: flowmo.sample(velocity, noise, flowmo.time_grid(50), guide, range(12))
-    guide = lambda z, v, t: flowmo.flowmo_step(z, v, 0.05)
-    plain, guided, kept = versus(sampler(False, None), sampler(False, guide), sampler(True, guide), rounds=3)
-    count = (50 + 2 * 12) / 50
-    note = f"{plain / 50 * 1e3:.0f} ms a plain step"
-    yield "guided / plain sampling, over the count's 1.48", guided / plain / count, "<= 1.15", note
-    yield "guided / plain sampling", guided / plain, "<= 2.36", "2.36: the released code, by the paper"
-    memory = [kept_by(lambda: sampler(on, guide)) for on in (False, True)]
-    yield "activations kept, checkpointing / without", memory[1] / memory[0], "<= 0.5", \
-        f"{memory[0] / 2**20:.0f} MB without; time {kept / guided:.2f}x"
+    def guide(z, velocity):
+        return flowmo.flowmo_step(z, velocity, 0.05)
 
-
-def kept_by(make):
-    """Bytes that autograd keeps for the backward passes of a guided sampling, at most at a time: of one guided step."""
-    total, run = [0], make()
-    note = lambda x: total.__setitem__(0, total[0] + x.numel() * x.element_size()) or x
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        run()
-    return total[0] / 12
+    plain, guided = versus(lambda: flowmo.sample(velocity, noise, flowmo.time_grid(50)),
+                           lambda: flowmo.sample(velocity, noise, flowmo.time_grid(50), guide, range(12)), rounds=3)
+    note = f"{plain / 50 * 1e3:.0f} ms a plain step of 8 videos"
+    yield "guided / plain sampling", guided / plain, "<= 2.36", note + "; 2.36: the released code, by the paper"
 
 
 @bench
 def optimised_tokens():
-    """MotionPrompt against direct latent guidance at the same number of inner steps, and against plain sampling."""
+    """MotionPrompt at its 6 of 16 steps, K 3, against plain sampling: the network, and what flow adds."""
     cfg = motionprompt.Config(**motionprompt.PRESETS["small" if GPU else "tiny"])
-    torch.manual_seed(0)
-    text, video = motionprompt.TextEncoder(16, 8, cfg.width), \
-        motionprompt.VideoNet(8, cfg.size, cfg.frames, cfg.width, cfg.layers, cfg.amp)
-    raft, disc = motionprompt.TinyRAFT(), motionprompt.Discriminator(cfg.size)
-    net = torch.nn.ModuleDict(dict(text=text, video=video, raft=raft, disc=disc)).to(DEVICE)
-    net.eval().requires_grad_(False)
-    x = 80 * torch.randn(16, 3, cfg.frames, cfg.size, cfg.size, device=DEVICE)
-    prompt, start = torch.randn(16, 8, cfg.width, device=DEVICE), torch.randn(16, 2, cfg.width, device=DEVICE)
-    plain = motionprompt.denoiser(net)
-    guided, sigmas = motionprompt.prompted(plain, text(prompt[:1]), 1.0), common.karras_sigmas(4, low=0.02)
-    weights, tools = (1.0, 0.1, 0.01), (lambda v: v, motionprompt.estimator(raft, cfg.size), disc, range(2), 4)
-    pairs = lambda n: motionprompt.random_pairs(n, cfg.frames, cfg.pairs, cfg.gap, torch.Generator().manual_seed(0))
-    runs = (lambda: motionprompt.euler(guided, x, sigmas, lambda *_: text(prompt)),
-            lambda: motionprompt.motionprompt(guided, text, prompt, start, x, sigmas, *tools, 0.1, weights,
-                                              pairs, inner=plain),
-            lambda: motionprompt.latent_guidance(guided, text(prompt), x, sigmas, *tools, 0.05, weights, pairs,
-                                                 inner=plain))
+    net, prompt, c_0 = text_to_video(cfg)
+    raft = motionprompt.TinyRAFT().to(DEVICE).eval().requires_grad_(False)
+    disc = motionprompt.Discriminator(cfg.size).to(DEVICE).eval().requires_grad_(False)
+    estimate = motionprompt.estimator(raft, cfg.size)
+    prompt = prompt.expand(16, -1, -1)
+    ends = torch.full((16,), 5, device=DEVICE)
+    T0 = torch.randn(16, 1, prompt.shape[2], device=DEVICE)
+    sigmas = motionprompt.levels(cfg)
+    x = sigmas[0] * torch.randn(16, *net.shape, device=DEVICE)
+    inner = motionprompt.as_edm(net)
+    denoise = motionprompt.prompted(inner, c_0, 2.0)
+    rng = torch.Generator().manual_seed(0)
 
-    def read():  # what an inner step does beside the network: flow and score of the pairs, there and back
-        D = x.detach().requires_grad_()
-        flow = motionprompt.flow_of_pairs(D, *pairs(len(D)), *tools[:2])
-        torch.autograd.grad(motionprompt.motion_loss(disc(flow), flow, start, start, weights).sum(), D)
-    (*times, reading), memory = versus(*runs, read, rounds=3), [kept_by(lambda: run) for run in runs]
-    count = (4 + 8 * 2 * 0.5) / 4  # a backward pass counts as one; without guidance by the prompt half of it
-    note = f"{times[0] / 4 * 1e3:.0f} ms a plain step of 16 videos, 8 inner steps in 4"
-    for name, k in (("tokens", 1), ("latent", 2)):
-        ratio = times[k] / times[0]
-        yield f"{name} / plain sampling, over the count's {count:.0f}", ratio / count, "<= 1.15", note
-        yield f"{name} / its network evaluations and readings of flow", \
-            times[k] / (count * times[0] + 8 * reading), "<= 1.15", f"{reading * 1e3:.0f} ms a reading"
-    yield "tokens / latent guidance, time", times[1] / times[2], "<= 1", note
-    yield "tokens / latent guidance, activations kept", memory[1] / memory[2], "<= 1", \
-        f"{memory[1] * 1.5 / 2**20:.0f} against {memory[2] * 1.5 / 2**20:.0f} MB an inner step"
+    def encode(T):
+        return net.encode(prompt if T is None else motionprompt.append(prompt, T, ends))
+
+    def loss(D, T):
+        i, j = motionprompt.random_pairs(16, cfg.frames, cfg.pairs, cfg.gap, rng)
+        flow = motionprompt.flow_of_pairs(D, i, j, torch.nn.Identity(), estimate)
+        return motionprompt.motion_loss(disc(flow), flow, T, T0, (1.0, 0.1, 0.001))
+
+    def still(D, T):  # the network alone
+        return D.square().flatten(1).mean(1)
+
+    def run(K, loss):
+        guided = common.guided_steps(cfg) if K else ()
+        return lambda: motionprompt.motionprompt(denoise, inner, encode, T0, x, sigmas, guided, loss, K)
+
+    plain, network, whole = versus(run(0, loss), run(3, still), run(3, loss), rounds=3)
+    note = f"{plain / cfg.steps * 1e3:.0f} ms a plain step of 16 videos"
+    yield "MotionPrompt / plain sampling", whole / plain, "", note
+    yield "the same, the network alone", network / plain, "", "without reading flow"
 
 
 @bench
 def training():
-    """Steps a second of the training loops, as the scripts run them."""
-    found = {}
-
-    def stage(name, until, parts, make, step, **_):
-        all_of = lambda steps: [step(k, make and make(k)) for k in steps]
-        all_of([1])
-        found[name] = 6 / clock(lambda: all_of(range(2, 8)))
+    """Steps a second of the training loops."""
     preset = "small" if GPU else "tiny"
-    mo = flowmo.Config(**{**flowmo.PRESETS[preset], "clips": 200})
-    mp = motionprompt.Config(**{**motionprompt.PRESETS[preset], "clips": 200})
-    with contextlib.redirect_stdout(io.StringIO()):
-        clips, _, captions, _, words, length, _ = common.load_captioned(mo)
-    text, moments = common.encode(captions, words, length + 2), common.moments(clips)
+    mo = flowmo.Config(**{**flowmo.PRESETS[preset], "iters": 8})
+    mp = motionprompt.Config(**{**motionprompt.PRESETS[preset], "raft_iters": 8, "disc_iters": 8})
     loss = flowloss.Config(**{**flowloss.PRESETS[preset], "raft_iters": 8, "base_iters": 8})
     with contextlib.redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        clips = common.render("sprites", "train", 64, mo.size, mo.frames, 0)
+        some = torch.stack(clips.cache)
         raft = flowloss.TinyRAFT()
-        seconds = clock(lambda: flowloss.train_raft(loss, Path(folder), DEVICE))
+        seconds = clock(lambda: flowloss.train_raft(loss, folder, DEVICE))
         yield "flowloss.py: steps/s, tiny RAFT", 8 / seconds, "", f"16 pairs, {loss.size} px"
-        seconds = clock(lambda: flowloss.train_base(loss, raft, Path(folder), DEVICE))
+        seconds = clock(lambda: flowloss.train_base(loss, raft, folder, DEVICE))
         yield "flowloss.py: steps/s, base model", 8 / seconds, "", f"{loss.batch} clips of {loss.frames}, {loss.size} px"
-    shape = mo.size, mo.frames, mo.width, mo.layers, mo.amp
-    net = flowmo.TextToVideo(len(words) + 1, length + 2, *shape).to(DEVICE)
-    flowmo.train(mo, stage, net, common.averaged(net, mo.ema), clips, text, moments, DEVICE)
-    yield "flowmo.py: steps/s", found["train"], "", f"{mo.batch} clips of {mo.frames}, {mo.size} px"
-    net = torch.nn.ModuleDict(dict(text=motionprompt.TextEncoder(len(words) + 1, length + 2, mp.width),
-                                   video=motionprompt.VideoNet(length + 2, *shape))).to(DEVICE)
-    motionprompt.train_video(mp, stage, net, common.averaged(net, mp.ema), clips, text, moments, DEVICE)
-    yield "motionprompt.py: steps/s, video model", found["video"], "", f"{mp.batch} clips of {mp.frames}, {mp.size} px"
-    estimate = motionprompt.estimator(motionprompt.train_raft(mp, stage, DEVICE), mp.size)
-    some = torch.stack([clips.frames(k, 0, mp.frames) for k in range(64)])
-    motionprompt.train_discriminator(mp, stage, some, some, estimate, DEVICE)
-    yield "motionprompt.py: steps/s, discriminator", found["disc"], "", "64 pairs of frames"
+        seconds = clock(lambda: flowmo.train(mo, clips, clips.captions, folder, DEVICE))
+        yield "flowmo.py: steps/s", 8 / seconds, "", f"{mo.batch} clips of {mo.frames}, {mo.size} px"
+        raft = motionprompt.train_raft(mp, folder, DEVICE)
+        seconds = clock(lambda: motionprompt.train_discriminator(mp, raft, some, some, folder, DEVICE))
+        yield "motionprompt.py: steps/s, discriminator", 8 / seconds, "", "64 pairs of frames"
 
 
 @bench
 def memory():
     """The most memory that a short run of each script's default takes: of the whole process, not of a GPU."""
-    short = {"biflow": "--iters 2 --streams 2 --frames 40", "flowmo": "--iters 2 --prompts 32",
-             "flowloss": "--iters 2", "motionprompt":
-             "--raft_iters 2 --iters 2 --disc_iters 2 --fakes 8 --prompts 32"}
+    short = {"biflow": "--iters 2 --streams 2 --frames 40", "flowmo": "--prompts 32",
+             "flowloss": "--iters 2", "motionprompt": "--prompts 32"}
     for script, flags in short.items():
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, Path(__file__).parents[1] / f"{script}.py", *flags.split()]

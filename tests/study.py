@@ -28,6 +28,8 @@ sys.path.insert(0, str(ROOT))
 import biflow  # noqa: E402
 import common  # noqa: E402
 import flowloss  # noqa: E402
+import flowmo  # noqa: E402
+import motionprompt  # noqa: E402
 from biflow import solve_heun  # noqa: E402
 from common import edm_weight, frechet, like, make_rng, own_features, to_float, to_uint8  # noqa: E402
 
@@ -801,6 +803,513 @@ def ship_flowloss(args):
     print(f"wrote {flowloss.SHIPPED}, {flowloss.SHIPPED.stat().st_size / 1e6:.2f} MB: {made}")
 
 
+# ---------------------------------------- FlowMo and MotionPrompt
+# A part samples --clips held-out prompts of the world of --seed by every method that is named
+# (runs), with the text-to-video model --model, and writes what became of every clip to --out, a
+# json file. `verdict` makes a table of such files, seeds side by side and pooled.
+
+
+def video_model(args):
+    """The text-to-video model, its words, held-out prompts and noise of --seed."""
+    cfg = flowmo.Config(seed=args.seed, prompts=args.clips)
+    net, words, _ = flowmo.load_model(Path(args.model or flowmo.SHIPPED), args.device)
+    net.eval().requires_grad_(False)
+    prompts = []
+    for k in range(args.clips):
+        clip = common.sprites(common.world_rng(args.seed, "test", k), cfg.size, cfg.frames)
+        prompts.append(common.strip_quality_words(clip["caption"]))
+    shape = (len(prompts), *net.shape)
+    noise = torch.randn(shape, generator=make_rng(args.seed, 3, 0)).to(args.device)
+    return cfg, net, words, prompts, noise
+
+
+def save_rows(args, made):
+    """made: {method: (videos, evaluations, seconds a video)}; judged, to the json file --out."""
+    prompts = made.pop("prompts")
+    rows = []
+    for method, (video, calls, seconds) in made.items():
+        found = common.judge(video, prompts)
+        row = {name: [round(v, 3) for v in value.tolist()] for name, value in found.items()}
+        rows.append(dict(method=method, evaluations=calls, s_per_video=seconds, **row))
+    common.save_json(Path(args.out), dict(seed=args.seed, prompts=len(prompts), rows=rows))
+    print(f"wrote {args.out}")
+
+
+def verdict(args):
+    """Table of json files (runs), of one seed each, against the methods of --against."""
+    runs = [json.loads(Path(path).read_text(encoding="utf-8")) for path in args.runs]
+    others = args.against.split(",")
+    methods = [row["method"] for row in runs[0]["rows"]]
+
+    def values(run, method, key):
+        row = next(row for row in run["rows"] if row["method"] == method)
+        return np.array(row[key])
+
+    rows = []
+    pairs = []
+    for method in methods:
+        each = [f"{values(run, method, 'coherent').mean():.3f}" for run in runs]
+        cells = [method, " / ".join(each)]
+        for other in others:
+            if method == other:
+                cells.append("")
+                continue
+            apart = [values(run, method, "coherent") - values(run, other, "coherent")
+                     for run in runs]
+            cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(
+                *common.bootstrap(np.concatenate(apart))))
+            by_seed = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*common.bootstrap(d)) for d in apart]
+            pairs.append([f"{method} over {other}", *by_seed])
+        for key, form in (("obeyed", ".3f"), ("speed", ".2f")):
+            cells.append(" / ".join(f"{values(run, method, key).mean():{form}}" for run in runs))
+        rows.append(cells)
+    heads = ["method", "coherent", *[f"over {other}, pooled" for other in others], "obeyed",
+             "speed, px a frame"]
+    print(f"{' + '.join(str(run['prompts']) for run in runs)} prompts\n\n{markdown(heads, rows)}")
+    if len(runs) > 1:
+        print("\n" + markdown(["", *[f"seed {run['seed']}" for run in runs]], pairs))
+
+
+def auc(value, positive):
+    """Chance that a positive one has the larger value; ties count half."""
+    a = value[positive]
+    b = value[~positive]
+    return ((a[:, None] > b).double() + (a[:, None] == b).double() / 2).mean().item()
+
+
+def freeinit_noise(video, noise, fresh, t, cutoff=0.25, order=4):
+    """FreeInit's (Wu et al., ECCV 2024) noise to sample from again, all (B, C, T, H, W).
+
+    Low frequencies of the noised result, high ones fresh: a Butterworth filter. At t = 0.9998, the
+    released code's, nothing of the result is left; where FreeInit was made, it is t = 0.936.
+    """
+    z = (1 - t) * video + t * noise
+    square = 0
+    for k, n in enumerate(z.shape[2:]):
+        frequency = 2 * torch.fft.fftfreq(n, device=z.device)  # 1: Nyquist
+        square = square + frequency.view([-1] + [1] * (2 - k)) ** 2
+    low = 1 / (1 + (square / cutoff**2) ** order)
+    mixed = torch.fft.fftn(z, dim=(2, 3, 4)) * low
+    mixed = mixed + torch.fft.fftn(fresh, dim=(2, 3, 4)) * (1 - low)
+    return torch.fft.ifftn(mixed, dim=(2, 3, 4)).real
+
+
+def variance_of(u):
+    """L without Eq. 2: the variance of u itself, the paper's ablation."""
+    return u.float().var(2, unbiased=False).mean(1).flatten(1).amax(1)
+
+
+def flowmo_variant(cfg, method, z, t, velocity):
+    """A guided step of a variant: the moved z and u there."""
+    def loss(u):
+        return flowmo.flowmo_loss(flowmo.as_places(u, cfg.place))
+
+    def undebiased(u):
+        return variance_of(flowmo.as_places(u, cfg.place))
+
+    if method == "no debiasing":
+        return flowmo.flowmo_step(z, velocity, cfg.eta, undebiased)
+    if method == "clean estimate":
+        return flowmo.flowmo_step(z, velocity, cfg.eta, loss, t)
+    if method == "no second evaluation":  # as the released code
+        u = velocity(z)
+        return flowmo.flowmo_step(z, velocity, cfg.eta, loss)[0], u
+    if method == "plain gradient":  # Eq. 9 as printed; of all factors tried the best
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            gradient, = torch.autograd.grad(loss(velocity(z)).sum(), z)
+        z = z.detach() - 1.0 * gradient
+        return z, velocity(z)
+    return flowmo.flowmo_step(z, velocity, cfg.eta, loss)  # "all steps"
+
+
+@torch.no_grad()
+def sample_variant(cfg, net, words, prompts, noise, method):
+    """As flowmo.generate, for what only the study has."""
+    guided = common.guided_steps(cfg)
+    if method == "all steps":
+        guided = set(range(cfg.steps))
+    text = common.to_indices(prompts, words, net.length)
+    c_0 = net.encode(net.embed(0 * text[:1]))
+    times = flowmo.time_grid(cfg.steps)
+    fresh = torch.randn(noise.shape, generator=make_rng(cfg.seed, 3, 1))
+    made = []
+    began = time.perf_counter()
+    for a in tqdm(range(0, len(noise), 32), method, leave=False):
+        c = net.encode(net.embed(text[a:a + 32]))
+        u = common.counted(flowmo.prompted(net, c, c_0, cfg.guidance_scale))
+        z = noise[a:a + 32]
+        if method.startswith("FreeInit"):
+            video = flowmo.sample(u, z, times)
+            z = freeinit_noise(video, z, fresh[a:a + 32], float(method.split()[1]))
+            z = flowmo.sample(u, z, times)
+        else:
+            for step in range(cfg.steps):
+                t = times[step].expand(len(z))
+
+                def velocity(z):
+                    return u(z, t)
+
+                if step in guided:
+                    z, v = flowmo_variant(cfg, method, z, times[step], velocity)
+                else:
+                    v = velocity(z)
+                z = z + (times[step + 1] - times[step]) * v
+        made.append(to_uint8(z * net.std + net.mean).transpose(1, 2))
+    return torch.cat(made), u.calls, (time.perf_counter() - began) / len(noise)
+
+
+def flowmo_rows(args):
+    """FlowMo: base, random, max, mean, of the script; variants; + WORD: base with a word (runs)."""
+    cfg, net, words, prompts, noise = video_model(args)
+    if args.guided:
+        cfg.guided = args.guided
+    if args.eta:
+        cfg.eta = args.eta
+    made = dict(prompts=prompts)
+    for method in args.runs or ["base", "random", "max", "mean"]:
+        if method in flowmo.METHODS:
+            made[method] = flowmo.generate(cfg, net, words, prompts, noise, method)
+        elif method.startswith("+ "):
+            said = [f"{prompt}, {method[2:]}" for prompt in prompts]
+            made[method] = flowmo.generate(cfg, net, words, said, noise, "base")
+        else:
+            made[method] = sample_variant(cfg, net, words, prompts, noise, method)
+    save_rows(args, made)
+
+
+@torch.no_grad()
+def flowmo_premise(args):
+    """AUC of the guided statistic for clips that end incoherent, by step of plain sampling."""
+    cfg, net, words, prompts, noise = video_model(args)
+    text = common.to_indices(prompts, words, net.length)
+    c_0 = net.encode(net.embed(0 * text[:1]))
+    times = flowmo.time_grid(cfg.steps)
+    found = {}
+    videos = []
+    for a in tqdm(range(0, len(noise), 32), "premise", leave=False):
+        z = noise[a:a + 32]
+        velocity = flowmo.prompted(net, net.encode(net.embed(text[a:a + 32])), c_0,
+                                   cfg.guidance_scale)
+        for step in range(cfg.steps):
+            u = velocity(z, times[step].expand(len(z)))
+            clean = z - times[step] * u
+            for name, value in (("u", u), ("clean estimate", clean)):
+                for over in ("max", "mean"):
+                    s = flowmo.flowmo_loss(flowmo.as_places(value, cfg.place), over=over)
+                    found.setdefault((name, over), {}).setdefault(step, []).append(s)
+            z = z + (times[step + 1] - times[step]) * u
+        videos.append(to_uint8(z * net.std + net.mean).transpose(1, 2))
+    bad = common.judge(torch.cat(videos), prompts)["coherent"] == 0
+    rows = []
+    for (name, over), by_step in found.items():
+        rows.append([f"{name}, {over}", *[f"{auc(torch.cat(v), bad):.2f}" for v in by_step.values()]])
+    print(f"{len(bad)} clips, {bad.float().mean():.2f} of them incoherent\n")
+    print(markdown(["AUC at step", *range(cfg.steps)], rows))
+
+
+def disc_of(args):
+    """Settings, flow estimator and discriminator of motionprompt.py: --disc, or the shipped ones."""
+    cfg = motionprompt.Config(seed=args.seed, prompts=args.clips)
+    path = Path(args.disc or motionprompt.MODELS / "motionprompt.pt")
+    return cfg, *motionprompt.load_disc(cfg, path, args.device)
+
+
+VARIANTS = {  # of MotionPrompt: what differs from the script's settings
+    "TV only": dict(lambda1=0.0), "discriminator only": dict(lambda2=0.0),
+    "no penalty": dict(lambda3=0.0), "K 1": dict(K=1), "K 5": dict(K=5),
+    "steps 0-4": dict(guided="0-4"), "steps 3-8": dict(guided="3-8"),
+    "steps 8-13": dict(guided="8-13"), "two tokens": dict(tokens="authentic,authentic"),
+    "8 pairs": dict(pairs=8), "lr .05": dict(token_lr=0.05), "lr .5": dict(token_lr=0.5),
+}
+
+
+def latent_guidance(cfg, net, words, raft, disc, prompts, noise, eta=0.05):
+    """What the paper argues against: the same loss, but K steps on the latent x itself.
+
+    A step has the root mean square eta sigma in every video. Returns as motionprompt.generate.
+    """
+    text = common.to_indices(prompts, words, net.length)
+    sigmas = motionprompt.levels(cfg)
+    estimate = motionprompt.estimator(raft, cfg.size)
+    rng = make_rng(cfg.seed, 8, 0)
+    inner = common.counted(motionprompt.as_edm(net))
+    made = []
+    began = time.perf_counter()
+    with torch.no_grad():
+        c_0 = net.encode(net.embed(0 * text[:1]))
+    for a in tqdm(range(0, len(noise), 32), "latent guidance", leave=False):
+        with torch.no_grad():
+            c = net.encode(net.embed(text[a:a + 32]))
+        denoise = motionprompt.prompted(inner, c_0, cfg.guidance_scale)
+        x = sigmas[0] * noise[a:a + 32]
+        none = x.new_zeros(len(x), 1, 1)
+        for step in range(cfg.steps):
+            sigma = sigmas[step].expand(len(x))
+            for _ in range(cfg.K if step in common.guided_steps(cfg) else 0):
+                x = x.detach().requires_grad_()
+                D = inner(x, sigma, c) * net.std + net.mean
+                i, j = motionprompt.random_pairs(len(D), cfg.frames, cfg.pairs, cfg.gap, rng)
+                flow = motionprompt.flow_of_pairs(D, i, j, nn.Identity(), estimate)
+                loss = motionprompt.motion_loss(
+                    disc(flow), flow, none, none, (cfg.lambda1, cfg.lambda2, 0))
+                g, = torch.autograd.grad(loss.sum(), x)
+                size = g.flatten(1).square().mean(1).sqrt().clamp(min=1e-12)
+                x = x.detach() - eta * like(sigma / size, g) * g
+            x = motionprompt.euler_step(denoise, x, sigma, sigmas[step + 1], c)
+        made.append(to_uint8(x * net.std + net.mean).transpose(1, 2))
+    calls = inner.calls * 32 // len(noise)
+    return torch.cat(made), calls, (time.perf_counter() - began) / len(noise)
+
+
+def motionprompt_rows(args):
+    """MotionPrompt: base, words, motionprompt, random; VARIANTS; latent; + WORD (runs)."""
+    _, net, words, prompts, noise = video_model(args)
+    cfg, raft, disc = disc_of(args)
+    made = dict(prompts=prompts)
+    paths = []
+    for method in args.runs or ["base", "words", "motionprompt", "random"]:
+        if method in motionprompt.METHODS:
+            *made[method], walked = motionprompt.generate(
+                cfg, net, words, raft, disc, prompts, noise, method, paths)
+            if method == "motionprompt":
+                paths = walked
+        elif method == "latent":
+            made[method] = latent_guidance(cfg, net, words, raft, disc, prompts, noise)
+        else:
+            if method.startswith("+ "):
+                other = replace(cfg, tokens=method[2:])
+                kind = "words"
+            else:
+                other = replace(cfg, **VARIANTS[method])
+                kind = "motionprompt"
+            made[method] = motionprompt.generate(
+                other, net, words, raft, disc, prompts, noise, kind, [])[:3]
+    save_rows(args, made)
+
+
+@torch.no_grad()
+def motionprompt_disc(args):
+    """What the discriminator tells: AUC for coherent clips, real, generated, and as estimates."""
+    _, net, words, prompts, noise = video_model(args)
+    cfg, raft, disc = disc_of(args)
+    estimate = motionprompt.estimator(raft, cfg.size)
+    rng = make_rng(args.seed, 9, 0)
+
+    def phi(video, noisy=True, rounds=8):  # (N, 3, T, H, W) in [-1, 1]
+        if noisy:
+            video = video + cfg.noise * torch.randn(video.shape, generator=rng)
+        i, j = motionprompt.random_pairs(len(video), cfg.frames, rounds, cfg.gap, rng)
+        logits = []
+        for a in range(0, len(video), 32):
+            flow = motionprompt.flow_of_pairs(
+                video[a:a + 32], i[a:a + 32], j[a:a + 32], nn.Identity(), estimate)
+            logits.append(disc(flow).view(-1, rounds).mean(1))
+        return torch.cat(logits)
+
+    real = []
+    steady = []
+    for k in range(args.clips):
+        clip = common.sprites(common.world_rng(args.seed, "test", 1000 + k), cfg.size, cfg.frames)
+        real.append(clip["video"])
+        steady.append(not clip["flaw"])
+    rows = [["clips of the world", auc(phi(to_float(torch.stack(real)).transpose(1, 2)),
+                                       torch.tensor(steady))]]
+    text = common.to_indices(prompts, words, net.length)
+    c_0 = net.encode(net.embed(0 * text[:1]))
+    sigmas = motionprompt.levels(cfg)
+    seen = {step: [] for step in common.guided_steps(cfg)}
+    made = []
+    for a in tqdm(range(0, len(noise), 32), "sampling", leave=False):
+        c = net.encode(net.embed(text[a:a + 32]))
+        denoise = motionprompt.prompted(motionprompt.as_edm(net), c_0, 2.0)
+        x = sigmas[0] * noise[a:a + 32]
+        for step in range(cfg.steps):
+            sigma = sigmas[step].expand(len(x))
+            if step in seen:
+                D = motionprompt.as_edm(net)(x, sigma, c)  # as the optimisation sees it
+                seen[step].append(D * net.std + net.mean)
+            x = motionprompt.euler_step(denoise, x, sigma, sigmas[step + 1], c)
+        made.append(to_uint8(x * net.std + net.mean).transpose(1, 2))
+    made = torch.cat(made)
+    good = common.judge(made, prompts)["coherent"] == 1
+    rows.append(["generated clips", auc(phi(to_float(made).transpose(1, 2)), good)])
+    for step, D in seen.items():
+        rows.append([f"their estimates at sigma {sigmas[step]:.1f}", auc(phi(torch.cat(D), False), good)])
+    print(markdown(["AUC for coherent", ""], rows))
+
+
+@torch.no_grad()
+def motionprompt_words(args):
+    """A picture: what a truthful word does at each level of noise, and where flow can be read."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    _, net, words, prompts, noise = video_model(args)
+    cfg, raft, disc = disc_of(args)
+    sigmas = motionprompt.levels(cfg)
+    base = motionprompt.generate(cfg, net, words, raft, disc, prompts, noise, "base", [])[0]
+    base = common.judge(base, prompts)["coherent"]
+    windows = [(k, k + 1) for k in range(0, cfg.steps - 1, 2)]
+    gains = {}
+    for word in ("steady", "shaky"):
+        for first, last in windows:
+            other = replace(cfg, tokens=word, guided=f"{first}-{last}")
+            video = motionprompt.generate(
+                other, net, words, raft, disc, prompts, noise, "words", [])[0]
+            apart = common.judge(video, prompts)["coherent"] - base
+            gains[word, first] = common.bootstrap(apart)
+
+    clips = []
+    for k in range(128):
+        rng = common.world_rng(args.seed, "test", k)
+        clips.append(common.sprites(rng, cfg.size, cfg.frames, flow=True, steady=1.0))
+    true = torch.stack([clip["flow"] for clip in clips])  # (N, T - 1, 2, H, W)
+    moving = true.square().sum(2) > 0.06
+    y = to_float(torch.stack([clip["video"] for clip in clips])).transpose(1, 2)
+    y = (y - net.mean) / net.std
+    c = net.encode(net.embed(common.to_indices(prompts[:128], words, net.length)))
+    estimate = motionprompt.estimator(raft, cfg.size)
+    errors = []
+    for step in range(cfg.steps):
+        n = torch.randn(y.shape, generator=make_rng(args.seed, 10, step))
+        D = motionprompt.as_edm(net)(y + sigmas[step] * n, sigmas[step].expand(len(y)), c)
+        frames = (D * net.std + net.mean).transpose(1, 2)  # (N, T, 3, H, W)
+        flow = torch.stack([estimate(clip[:-1], clip[1:]) for clip in frames])
+        errors.append((flow - true).square().sum(2).sqrt()[moving].mean().item())
+    zero = true.square().sum(2).sqrt()[moving].mean().item()
+
+    fig, axes = plt.subplots(2, 1, figsize=(6, 6), sharex=True)
+    rows = []
+    for word in ("steady", "shaky"):
+        middle = [sigmas[first:first + 2].prod().sqrt().item() for first, _ in windows]
+        found = [gains[word, first] for first, _ in windows]
+        axes[0].plot(middle, [g[0] for g in found], marker="o", label=f"'{word}'")
+        axes[0].fill_between(middle, [g[1] for g in found], [g[2] for g in found], alpha=0.2)
+    for first, last in windows:
+        cells = [f"{sigmas[first]:.3g} to {sigmas[last]:.3g}"]
+        for word in ("steady", "shaky"):
+            cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*gains[word, first]))
+        rows.append([*cells, (errors[first] + errors[last]) / 2])
+    axes[0].set_ylabel("coherent clips more than without")
+    axes[1].plot(sigmas[:-1], errors, marker="o", color="black", label="flow of the clean estimate")
+    axes[1].axhline(zero, linestyle=":", color="black", label="zero flow")
+    axes[1].set_ylabel("flow error, px")
+    axes[1].set_xlabel("sigma at which the word stands")
+    window = [sigmas[k].item() for k in sorted(common.guided_steps(cfg))]
+    for axis in axes:
+        axis.axvspan(window[-1], window[0], color="orange", alpha=0.15)
+        axis.set_xscale("log")
+        axis.invert_xaxis()
+        axis.legend()
+    fig.tight_layout()
+    path = ROOT / "assets" / "motionprompt-words.png"
+    fig.savefig(path, dpi=70)
+    print(markdown(["sigma", "'steady'", "'shaky'", f"flow error, px (zero flow {zero:.2f})"], rows))
+    print(f"wrote {path}")
+
+
+def halved(weights):
+    return {name: v.half() if v.is_floating_point() else v for name, v in weights.items()}
+
+
+def ship_video(args):
+    """assets/models/sprites.pt from ckpt.pt of flowmo.py --train (runs), in float16."""
+    saved = common.load_checkpoint(Path(args.runs[0]), "flowmo")
+    config = {**saved["config"], "out_dir": "", "resume": False}
+    made = dict(command=f"python flowmo.py --train --seed {config['seed']}", commit=commit_here(),
+                steps=saved["step"], minutes=round(saved["log"][-1]["seconds"] / 60),
+                machine=f"{platform.machine()}, one thread of a CPU", torch=str(torch.__version__))
+    shipped = dict(script="flowmo", format=common.FORMAT, config=config, step=saved["step"],
+                   model=halved(saved["model"]), words=saved["words"], length=saved["length"],
+                   made=made)
+    with common.written_aside(flowmo.SHIPPED) as part:
+        torch.save(shipped, part)
+    print(f"wrote {flowmo.SHIPPED}, {flowmo.SHIPPED.stat().st_size / 1e6:.2f} MB: {made}")
+
+
+def ship_motionprompt(args):
+    """assets/models/motionprompt.pt from a run of motionprompt.py --train (runs), in float16."""
+    folder = Path(args.runs[0])
+    saved = common.load_checkpoint(folder / "ckpt.pt", "motionprompt")
+    raft = common.load_checkpoint(folder / "raft.pt", "motionprompt")
+    config = {**saved["config"], "out_dir": "", "resume": False, "model": ""}
+    seconds = saved["log"][-1]["seconds"] + raft["log"][-1]["seconds"]
+    made = dict(command=f"python motionprompt.py --train --seed {config['seed']}",
+                commit=commit_here(), steps=[raft["step"], saved["step"]],
+                minutes=round(seconds / 60), torch=str(torch.__version__),
+                machine=f"{platform.machine()}, one thread of a CPU")
+    shipped = dict(script="motionprompt", format=common.FORMAT, config=config, step=saved["step"],
+                   raft=halved(saved["raft"]), disc=halved(saved["disc"]), made=made)
+    path = motionprompt.MODELS / "motionprompt.pt"
+    with common.written_aside(path) as part:
+        torch.save(shipped, part)
+    print(f"wrote {path}, {path.stat().st_size / 1e6:.2f} MB: {made}")
+
+
+def first_picture(args):
+    """assets/grid.gif: every method below its baseline, all from the shipped networks, seed 0.
+
+    Bi-flow and FlowLoss: the first held-out clip; FlowMo and MotionPrompt: the first prompt that
+    guidance turned coherent.
+    """
+    device = torch.device("cpu")
+    nets, cfg = biflow.load_averages(common.load_checkpoint(biflow.SHIPPED, "biflow"), device)
+    sky = common.sky(common.world_rng(0, "test", 0), cfg.size, 2)["video"]
+    first = to_float(sky[:1])
+    columns = {}
+    eps = common.load_checkpoint(biflow.SHIPPED, "biflow")["eps"]
+    pair = []
+    for method, its_eps in (("flow", None), ("biflow", eps)):
+        step = biflow.make_step(method, nets[method], its_eps, solve_heun)
+        pair.append(biflow.roll(step, first, 96, 0, method)[0][0])
+    columns["FLOW / Bi-flow"] = pair
+
+    raft, base, saved = flowloss.load_model(flowloss.SHIPPED, device)
+    made = flowloss.Config(**saved["config"])
+    real = held_out_robots(made, 1)[0]
+    weights = [saved["base"], saved["kept"][max(saved["kept"])]["gated"]]
+    pair = []
+    for w in weights:
+        base.load_state_dict(w)
+        pair.append(flowloss.generate(base.eval(), to_float(real[:, 0]), made.steps, 0, "robot")[0])
+    columns["base / FlowLoss"] = pair
+
+    args.clips = 96
+    mo, net, words, prompts, noise = video_model(args)
+    mp, raft, disc = disc_of(args)
+    plain = flowmo.generate(mo, net, words, prompts, noise, "base")[0]
+    guided = flowmo.generate(mo, net, words, prompts, noise, "mean")[0]
+    plain_edm, guided_edm = [
+        motionprompt.generate(mp, net, words, raft, disc, prompts, noise, method, [])[0]
+        for method in ("base", "motionprompt")]
+    for name, before, after in (("base / FlowMo, mean", plain, guided),
+                                ("base / MotionPrompt", plain_edm, guided_edm)):
+        was = common.judge(before, prompts)["coherent"]
+        now = common.judge(after, prompts)["coherent"]
+        k = int((now > was).nonzero()[0])
+        columns[name] = [before[k], after[k]]
+        print(f"{name}: prompt {k}, {prompts[k]}")
+
+    def frame(video, page):  # each at its own pace, resting at its end
+        pace = {8: 4, 16: 3}.get(len(video), 0.5)
+        k = min(int(page / pace), len(video) - 1)
+        scale = 64 // video.shape[-1]
+        return video[k].repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+
+    pages = []
+    for page in range(48):
+        rows = []
+        for row, label in enumerate(("without", "with")):
+            rows.append((label, torch.stack([frame(pair[row], page) for pair in columns.values()])))
+        pages.append(common.sheet(rows, columns, scale=2, left=60))
+    path = ROOT / "assets" / "grid.gif"
+    common.save_pages(path, pages, ms=100)
+    print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
+
+
 # ---------------------------------------- mazes: a world in which one frame does not tell the motion
 
 
@@ -903,11 +1412,20 @@ PARTS = {
     "flowloss-raft": flowloss_raft,
     "flowloss-noise": flowloss_noise,
     "ship-flowloss": ship_flowloss,
+    "flowmo-rows": flowmo_rows,
+    "flowmo-premise": flowmo_premise,
+    "motionprompt-rows": motionprompt_rows,
+    "motionprompt-disc": motionprompt_disc,
+    "motionprompt-words": motionprompt_words,
+    "verdict": verdict,
+    "ship-video": ship_video,
+    "ship-motionprompt": ship_motionprompt,
+    "first-picture": first_picture,
 }
 
 
 def main():
-    text = "\n".join(f"  {name:16s} {part.__doc__.splitlines()[0]}" for name, part in PARTS.items())
+    text = "\n".join(f"  {name:18s} {part.__doc__.splitlines()[0]}" for name, part in PARTS.items())
     parser = argparse.ArgumentParser(
         description=f"{__doc__}\nparts:\n{text}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -919,12 +1437,16 @@ def main():
     parser.add_argument("--features", default="r3d_18", help="r3d_18 or a TorchScript I3D file")
     parser.add_argument("--out", default="out/study", help="folder of a part that trains")
     parser.add_argument("--iters", type=int, default=0, help="of a part that trains; 0: as biflow.py")
-    parser.add_argument("--model", default="", help="base.pt of flowloss.py; empty: the shipped one")
+    parser.add_argument("--model", default="", help="a model to start from; empty: the shipped one")
     parser.add_argument("--settings", default="gated:0.1:2:1",
                         help="flowloss-tune: KIND:S:PSI:PAIRS, with commas between")
     parser.add_argument("--points", default="25,50,100,200,800", help="steps to evaluate after")
     parser.add_argument("--lr", type=float, default=flowloss.Config.tune_lr, help="of fine-tuning")
-    parser.add_argument("--clips", type=int, default=48, help="held-out clips")
+    parser.add_argument("--disc", default="", help="ckpt.pt of motionprompt.py; empty: shipped")
+    parser.add_argument("--against", default="base", help="verdict: methods, with commas between")
+    parser.add_argument("--guided", default="", help="flowmo-rows: other steps than flowmo.py's")
+    parser.add_argument("--eta", type=float, default=0, help="flowmo-rows: another one")
+    parser.add_argument("--clips", type=int, default=48, help="held-out clips or prompts")
     args = parser.parse_args()
     PARTS[args.part](args)
 

@@ -472,8 +472,10 @@ def test_bad_input_is_one_clear_line_and_nothing_is_written(run, tmp_path, flags
 
 # --- the README -----------------------------------------------------------------------------------
 
-def test_the_readme_shows_all_pictures_that_are_there_and_no_others():
-    shown = set(re.findall(r"\]\((assets/[^)]+)\)", (ROOT / "README.md").read_text()))
+def test_readme_and_results_show_all_pictures_that_are_there_and_no_others():
+    shown = set(re.findall(r"!\[[^]]*\]\((assets/[^)]+)\)", (ROOT / "README.md").read_text()))
+    results = (ROOT / "tests" / "RESULTS.md").read_text()
+    shown |= set(re.findall(r"!\[[^]]*\]\(\.\./(assets/[^)]+)\)", results))
     pictures = [p for p in (ROOT / "assets").iterdir() if p.is_file()]
     assert shown == {f"assets/{p.name}" for p in pictures}
     assert sum(p.stat().st_size for p in pictures) < 4e6

@@ -1,7 +1,8 @@
-"""flowmo.py: every equation against an oracle of another kind; captions and tracking; then the script end to end."""
+"""flowmo.py: every equation against an oracle of another kind; captions; the script end to end."""
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,39 +11,40 @@ from PIL import Image
 
 import common
 import flowmo
-from common import COLOURS, FORMS, WAYS
-from flowmo import adam_direction, flowmo_loss, flowmo_step, fold, freeinit_noise, prompted, sample, time_grid
+from conftest import ROOT, content, refused
+from flowmo import as_places, flowmo_loss, flowmo_step, prompted, random_step, sample, time_grid
 
 
 def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-field = lambda z: (1.3 * z).sin() + 0.2 * z.roll(1, 2) * z  # a smooth velocity that mixes frames
+def field(z):
+    """A smooth velocity that mixes frames."""
+    return (1.3 * z).sin() + 0.2 * z.roll(1, 2) * z
 
 
-# ---------------------------------------------------------------------------------------------- THE METHOD
+# --- the method -----------------------------------------------------------------------------------
 
-def plain(u, debias=True, over=max):
+def loss_by_loops(u, over=max):
     """Eqs. 2 to 8 as loops over one video (C, T, H, W)."""
     C, T, H, W = u.shape
     s = []
     for h, w in itertools.product(range(H), range(W)):
         total = 0
         for c in range(C):
-            line = [u[c, f, h, w].item() for f in range(T)]
-            d = [abs(b - a) for a, b in itertools.pairwise(line)] if debias else line
+            d = [abs(u[c, f + 1, h, w].item() - u[c, f, h, w].item()) for f in range(T - 1)]
             mean = sum(d) / len(d)
             total += sum((x - mean) ** 2 for x in d) / len(d)
         s.append(total / C)
     return over(s)
 
 
-@pytest.mark.parametrize("debias, over", [(True, "max"), (True, "mean"), (False, "max")])
-def test_the_loss_equals_plain_loops(debias, over):
+def test_the_loss_equals_plain_loops():
     u = randn(2, 3, 5, 4, 2)
-    want = [plain(v, debias, max if over == "max" else lambda s: sum(s) / len(s)) for v in u]
-    assert flowmo_loss(u, debias=debias, over=over).tolist() == pytest.approx(want)
+    assert flowmo_loss(u).tolist() == pytest.approx([loss_by_loops(v) for v in u], rel=1e-5)
+    mean = [loss_by_loops(v, lambda s: sum(s) / len(s)) for v in u]
+    assert flowmo_loss(u, over="mean").tolist() == pytest.approx(mean, rel=1e-5)
 
 
 def test_the_loss_by_hand():
@@ -54,8 +56,9 @@ def test_the_loss_by_hand():
 
 
 def test_constant_velocity_costs_nothing_and_offsets_and_sign_do_not_count():
-    steady = randn(2, 3, 1, 4, 4) + randn(2, 3, 1, 4, 4, seed=1) * torch.arange(6.0).double().view(1, 1, 6, 1, 1)
-    assert flowmo_loss(steady).abs().max() < 1e-24
+    time_ = torch.arange(6.0).view(1, 1, 6, 1, 1)
+    steady = randn(2, 3, 1, 4, 4) + randn(2, 3, 1, 4, 4, seed=1) * time_
+    assert flowmo_loss(steady).abs().max() < 1e-10
     u = randn(2, 3, 6, 4, 4)
     torch.testing.assert_close(flowmo_loss(u + randn(2, 1, 1, 1, 1, seed=2)), flowmo_loss(u))
     torch.testing.assert_close(flowmo_loss(-u), flowmo_loss(u))
@@ -63,8 +66,45 @@ def test_constant_velocity_costs_nothing_and_offsets_and_sign_do_not_count():
 
 def test_any_layout_gives_the_same():
     u = randn(2, 3, 6, 4, 5)
-    torch.testing.assert_close(flowmo_loss(u.permute(0, 2, 1, 3, 4), frames=1, channels=2), flowmo_loss(u))
-    torch.testing.assert_close(flowmo_loss(u.permute(0, 3, 4, 2, 1), frames=3, channels=4), flowmo_loss(u))
+    frames_first = flowmo_loss(u.permute(0, 2, 1, 3, 4), frames=1, channels=2)
+    torch.testing.assert_close(frames_first, flowmo_loss(u))
+    channels_last = flowmo_loss(u.permute(0, 3, 4, 2, 1), frames=3, channels=4)
+    torch.testing.assert_close(channels_last, flowmo_loss(u))
+
+
+def test_a_step_is_the_first_of_adam_on_the_gradient_of_finite_differences():
+    def loss(u):
+        return flowmo_loss(u, over="mean")
+
+    z = randn(1, 1, 4, 2, 2)
+    moved, _ = flowmo_step(z, field, 0.3, loss)
+    g = torch.zeros(16, dtype=torch.float64)
+    h = 1e-3
+    for k, e in enumerate(torch.eye(16).view(16, *z.shape)):
+        g[k] = (loss(field(z + h * e)) - loss(field(z - h * e))).item() / (2 * h)
+    x = torch.nn.Parameter(torch.zeros(16))
+    x.grad = g.float()
+    torch.optim.Adam([x], lr=0.3).step()
+    clear = g.abs() > 1e-3  # of what the differences are sure
+    assert clear.sum() >= 10
+    torch.testing.assert_close((moved - z).flatten()[clear], x.data[clear], atol=1e-4, rtol=0)
+
+
+def test_a_small_step_lowers_the_loss_and_none_changes_nothing():
+    z = randn(2, 2, 5, 3, 3)
+    same, u = flowmo_step(z, field, 0.0)
+    assert torch.equal(same, z) and torch.equal(u, field(z))
+    moved, u = flowmo_step(z, field, 1e-3)
+    assert torch.equal(u, field(moved))  # evaluated again
+    assert (flowmo_loss(u) < flowmo_loss(field(z))).all()
+    moved, u = flowmo_step(z, field, 1e-3, loss=lambda u: flowmo_loss(u, over="mean"))
+    assert (flowmo_loss(u, over="mean") < flowmo_loss(field(z), over="mean")).all()
+
+
+def test_the_loss_can_be_of_the_clean_estimate():
+    z, t = randn(1, 2, 5, 3, 3), 0.7
+    moved, u = flowmo_step(z, field, 1e-3, t=t)
+    assert flowmo_loss(moved - t * u) < flowmo_loss(z - t * field(z))
 
 
 def test_a_video_is_guided_alike_alone_and_in_a_batch():
@@ -75,273 +115,355 @@ def test_a_video_is_guided_alike_alone_and_in_a_batch():
         assert torch.equal(one, moved[b:b + 1]) and torch.equal(u1, u[b:b + 1])
 
 
-def test_the_gradient_is_that_of_finite_differences():
-    z = randn(1, 1, 4, 2, 2)
-    moved, _ = flowmo_step(z, field, 1.0, direction=lambda g: g)
-    gradient, h = (z - moved).flatten(), 1e-6
-    for k, e in enumerate(torch.eye(16).double().view(16, *z.shape)):
-        want = (flowmo_loss(field(z + h * e)) - flowmo_loss(field(z - h * e))).item() / (2 * h)
-        assert gradient[k].item() == pytest.approx(want, abs=1e-6)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_step_in_half_precision_moves_all_it_should_and_gives_no_nan(dtype):
+    z = randn(2, 3, 6, 8, 8)
+
+    def mean(u):  # its gradient is small: one part of 384
+        return flowmo_loss(u, over="mean")
+
+    want = flowmo_step(z.to(dtype).float(), field, 0.25, mean)[0] - z.to(dtype).float()
+    moved, u = flowmo_step(z.to(dtype), field, 0.25, mean)
+    assert moved.dtype == u.dtype == dtype and moved.isfinite().all()
+    same = ((moved.float() - z.to(dtype).float()) - want).abs() < 0.05
+    assert same.float().mean() > 0.97
 
 
-def test_the_direction_is_the_first_step_of_adam():
-    g = torch.cat([randn(50), torch.zeros(1).double(), 1e-9 * randn(5, seed=1)])
-    x = torch.nn.Parameter(torch.zeros_like(g))
-    x.grad = g.clone()
-    torch.optim.Adam([x], lr=0.3).step()
-    torch.testing.assert_close(x.data, -0.3 * adam_direction(g))
+def test_a_step_keeps_no_graph_and_says_why_it_cannot_work_in_inference_mode():
+    weight = torch.nn.Parameter(torch.ones(()))
+    z = randn(1, 2, 5, 3, 3).requires_grad_()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            moved, u = flowmo_step(z, lambda z: weight * field(z), 0.1)
+        assert not moved.requires_grad and not u.requires_grad
+    assert z.grad is None and weight.grad is None
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="use torch.no_grad()"):
+        flowmo_step(z, field, 0.1)
 
 
-def test_eta_zero_changes_nothing_and_a_small_step_lowers_the_loss():
-    z = randn(2, 2, 5, 3, 3)
-    same, u = flowmo_step(z, field, 0.0)
-    assert torch.equal(same, z) and torch.equal(u, field(z)) and not u.requires_grad
-    for direction in (adam_direction, lambda g: g):
-        moved, u = flowmo_step(z, field, 1e-3, direction=direction)
-        assert (flowmo_loss(u) < flowmo_loss(field(z))).all() and torch.equal(u, field(moved))
+def test_the_method_pastes_as_one_block():
+    source = (ROOT / "flowmo.py").read_text()
+    block = source[source.index("# ---------------------------------------- THE METHOD"):]
+    block = block[:block.index("def random_step")]
+    pasted = {"torch": torch}
+    exec(block, pasted)
+    z = randn(1, 2, 5, 3, 3)
+    assert torch.equal(pasted["flowmo_step"](z, field, 0.1)[0], flowmo_step(z, field, 0.1)[0])
 
 
-def test_without_a_refresh_the_old_velocity_goes_on_and_the_network_is_called_once():
-    calls, z = [], randn(1, 2, 5, 3, 3)
-    moved, u = flowmo_step(z, lambda z: calls.append(0) or field(z), 0.05, refresh=False)
-    assert len(calls) == 1 and torch.equal(u, field(z)) and not torch.equal(moved, z)
+def test_the_control_moves_every_element_as_far_by_chance():
+    z = randn(2, 3, 6, 8, 8)
+    moved, u = random_step(z, field, 0.05, torch.Generator().manual_seed(0))
+    torch.testing.assert_close((moved - z).abs(), torch.full_like(z, 0.05), atol=1e-6, rtol=0)
+    assert torch.equal(u, field(moved)) and 0.4 < (moved > z).float().mean() < 0.6
 
 
-def test_the_loss_can_be_of_the_clean_estimate():
-    z, t = randn(1, 2, 5, 3, 3), 0.7
-    moved, _ = flowmo_step(z, field, 1e-3, of=lambda z, u: z - t * u)
-    clean = lambda z: flowmo_loss(z - t * field(z)).item()
-    assert clean(moved) < clean(z)
+def test_a_place_is_a_square_of_pixels():
+    u = randn(1, 2, 7, 6, 4)
+    p = as_places(u, 2)
+    assert p.shape == (1, 8, 7, 3, 2)
+    assert sorted(p[0, :, 5, 1, 0].tolist()) == sorted(u[0, :, 5, 2:4, 0:2].flatten().tolist())
+    assert torch.equal(as_places(u, 1), u)
 
 
-def test_guidance_by_text_is_linear_in_rho_and_one_batch():
-    text, sizes = torch.tensor([[1, 2], [3, 0]]), []
+def test_guidance_by_the_prompt_is_that_of_diffusers_in_one_batch():
+    c, c_0 = randn(2, 3, 4), randn(1, 3, 4, seed=1)
 
-    def network(z, t, text):
-        sizes.append(len(z))
-        return z * text.sum(1).view(-1, 1) + t.view(-1, 1)
-    z, t = randn(2, 4), torch.tensor([0.5, 0.7]).double()
-    u_P, u_0 = network(z, t, text), network(z, t, 0 * text)
-    sizes.clear()
-    torch.testing.assert_close(prompted(network, text, 1.5)(z, t), u_P + 1.5 * (u_P - u_0))
-    assert sizes == [4]
-    assert torch.equal(prompted(network, text, 0.0)(z, t), u_P) and sizes == [4, 2]
+    def network(z, t, c):
+        network.sizes.append(len(z))
+        return z * c.sum((1, 2)).view(-1, 1) + t.view(-1, 1)
 
-
-def test_fold_gathers_neighbours_of_space_and_time_into_channels():
-    u = randn(1, 2, 7, 5, 4)
-    f = fold(u, 2, 2)
-    assert f.shape == (1, 2 * 2 * 4, 3, 2, 2)
-    assert sorted(f[0, :, 1, 1, 0].tolist()) == sorted(u[0, :, 2:4, 2:4, 0:2].flatten().tolist())
-    assert torch.equal(fold(u, 1, 1), u)
+    z, t = randn(2, 4), torch.tensor([0.5, 0.7])
+    network.sizes = []
+    u_P, u_0 = network(z, t, c), network(z, t, c_0.expand_as(c))
+    torch.testing.assert_close(prompted(network, c, c_0, 2.5)(z, t), u_0 + 2.5 * (u_P - u_0))
+    torch.testing.assert_close(prompted(network, c, c_0, 1.0)(z, t), u_P)
+    assert network.sizes == [2, 2, 4, 4]
 
 
-# ---------------------------------------------------------------------------------------------- sampler
+# --- sampler --------------------------------------------------------------------------------------
 
 def test_the_time_grid_is_linear_or_follows_the_formula():
     assert time_grid(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
-    assert time_grid(4, 5).tolist() == pytest.approx([1, 5 * 0.75 / 4, 5 * 0.5 / 3, 5 * 0.25 / 2, 0])
-    assert time_grid(50, 5)[11].item() == pytest.approx(0.946, abs=1e-3)  # Wan's twelfth step, 946 of 1000
+    want = [1, 5 * 0.75 / 4, 5 * 0.5 / 3, 5 * 0.25 / 2, 0]
+    assert time_grid(4, 5).tolist() == pytest.approx(want)
+    # Wan's twelfth step of 50 is at 946 of 1000.
+    assert time_grid(50, 5)[11].item() == pytest.approx(0.946, abs=1e-3)
 
 
 @pytest.mark.parametrize("shift", [1.0, 5.0])
 def test_the_sampler_converges_to_the_exact_path_of_a_gaussian(shift):
-    s, errors = 0.6, []  # data N(0, s^2): z_t = sqrt((1-t)^2 s^2 + t^2) along the path, u = d z_t / d t
-    u = lambda z, t: z * ((t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2)).view(-1, 1)
+    s = 0.6  # data N(0, s^2): z_t = sqrt((1-t)^2 s^2 + t^2) along the path, u = d z_t / d t
+
+    def u(z, t):
+        return z * ((t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2)).view(-1, 1)
+
     z = randn(3, 4)
-    for steps in (50, 100, 200):
-        errors.append((sample(u, z, time_grid(steps, shift).double()) / z - s).abs().max().item())
+    errors = []
+    for steps in (25, 50, 100):
+        errors.append((sample(u, z, time_grid(steps, shift)) / z - s).abs().max().item())
     rates = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
-    assert errors[-1] < 0.02 and all(abs(rate - 1) < 0.15 for rate in rates), (errors, rates)
+    assert errors[-1] < 0.03 and all(abs(rate - 1) < 0.2 for rate in rates), (errors, rates)
 
 
-def test_unguided_steps_are_untouched_and_guided_ones_are_those_named():
-    velocity, z, times, seen = lambda z, t: field(z) * t.view(-1, 1, 1, 1, 1), randn(2, 2, 5, 3, 3), time_grid(6), []
+def test_guided_steps_are_those_named_and_the_others_are_untouched():
+    def velocity(z, t):
+        return field(z) * t.view(-1, 1, 1, 1, 1)
 
-    def guide(z, v, t):
-        seen.append(round(t, 4))
-        return flowmo_step(z, v, 0.05)
+    z, times, seen = randn(2, 2, 5, 3, 3), time_grid(6), []
     free = sample(velocity, z, times)
+
+    def guide(z, velocity_now):
+        seen.append((velocity_now(z) / field(z)).mean().item())  # its t
+        return flowmo_step(z, velocity_now, 0.05)
+
     assert torch.equal(sample(velocity, z, times, guide, ()), free) and not seen
     guided = sample(velocity, z, times, guide, {1, 3})
     assert seen == pytest.approx([5 / 6, 3 / 6], abs=1e-3) and not torch.equal(guided, free)
-    assert torch.equal(sample(velocity, z, times, lambda z, v, t: flowmo_step(z, v, 0.0), {0, 1, 2}), free)
 
 
-def test_the_shares_of_freeinit_sum_to_one_and_its_noise_is_real():
-    video, noise, fresh = randn(1, 2, 8, 6, 6), randn(1, 2, 8, 6, 6, seed=1), randn(1, 2, 8, 6, 6, seed=2)
-    z = 0.1 * video + 0.9 * noise
-    same = freeinit_noise(video, noise, z, t=0.9)
-    assert same.dtype == torch.float64
-    torch.testing.assert_close(same, z)  # low frequencies of z and high ones of z are z
-    slow, fast = torch.ones_like(z), (-1.0) ** torch.arange(8).double().view(1, 1, 8, 1, 1) * torch.ones_like(z)
-    torch.testing.assert_close(freeinit_noise(slow, 0 * z, 0 * z, t=0.0), slow)
-    assert freeinit_noise(fast, 0 * z, 0 * z, t=0.0).abs().max() < 1e-4
-    torch.testing.assert_close(freeinit_noise(0 * z, 0 * z, fast, t=0.0), fast, rtol=0, atol=1e-4)
+# --- network --------------------------------------------------------------------------------------
+
+def tiny_network(amp=False):
+    torch.manual_seed(0)
+    return flowmo.TextToVideo(10, 6, 16, 4, 64, 2, amp).eval()
 
 
-# ---------------------------------------------------------------------------------------------- network
-
-def test_the_network_starts_as_the_best_linear_guess_and_reads_every_word():
-    net = flowmo.TextToVideo(10, 4, 16, 4, 48, 1)
-    z, t = randn(2, 3, 4, 16, 16).float(), torch.tensor([0.2, 0.9])
-    text = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 0]])
+def test_the_network_starts_as_the_best_linear_guess():
+    net = tiny_network()
+    z, t = randn(2, 3, 4, 16, 16), torch.tensor([0.2, 0.9])
+    c = net.encode(net.embed(torch.tensor([[1, 2, 3, 4, 0, 0], [5, 6, 7, 0, 0, 0]])))
     a = (2 * t - 1) / (t**2 + (1 - t) ** 2)
-    torch.testing.assert_close(net(z, t, text), a.view(-1, 1, 1, 1, 1) * z)
+    torch.testing.assert_close(net(z, t, c), a.view(-1, 1, 1, 1, 1) * z)
+
+
+def test_the_network_hears_every_word_and_no_other_sample():
+    net = tiny_network()
+    rng = torch.Generator().manual_seed(0)
     for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(0))
-    before = net(z, t, text)
-    for k in range(4):
+        torch.nn.init.normal_(p, std=0.1, generator=rng)
+    z, t = randn(2, 3, 4, 16, 16), torch.tensor([0.2, 0.9])
+    text = torch.tensor([[1, 2, 3, 4, 0, 0], [5, 6, 7, 0, 0, 0]])
+    before = net(z, t, net.encode(net.embed(text)))
+    for k in range(6):
         other = text.clone()
         other[0, k] = 9
-        changed = (net(z, t, other) - before).abs().amax((1, 2, 3, 4))
-        assert changed[0] > 0 and changed[1] == 0
+        changed = net(z, t, net.encode(net.embed(other))) - before
+        assert changed[0].abs().max() > 0 and changed[1].abs().max() < 1e-5
 
 
-def test_checkpointing_gives_the_same_gradient_with_less_kept():
-    z, kept = randn(1, 3, 4, 16, 16).float(), []
-    results = []
-    for on in (False, True):
-        torch.manual_seed(0)
-        net = flowmo.TextToVideo(10, 4, 16, 4, 48, 3, checkpointing=on).requires_grad_(False)
-        for p in net.parameters():
-            torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(1))
-        total = [0]
-        note = lambda x: total.__setitem__(0, total[0] + x.numel()) or x
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            velocity = lambda z: net(z, torch.tensor([0.9]), torch.ones(1, 4, dtype=torch.long))
-            results.append(flowmo_step(z, velocity, 0.1, direction=lambda g: g)[0])
-        kept.append(total[0])
-    torch.testing.assert_close(*results)
-    assert kept[1] < 0.5 * kept[0]
+def test_amp_and_compile_give_the_same_answers():
+    net, low = tiny_network(), tiny_network(amp=True)
+    for p, q in zip(net.parameters(), low.parameters()):
+        torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(p.numel()))
+        q.data.copy_(p.data)
+    z, t = randn(2, 3, 4, 16, 16), torch.tensor([0.2, 0.9])
+    c = net.encode(net.embed(torch.ones(2, 6, dtype=torch.long)))
+    with torch.no_grad():
+        whole, half = net(z, t, c), low(z, t, c)
+        assert half.dtype == torch.float32
+        assert 0 < (half - whole).abs().max() < 0.05 * whole.abs().max()
+        compiled = torch.compile(net, backend="aot_eager")(z, t, c)
+    torch.testing.assert_close(compiled, whole, rtol=1e-4, atol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------- captions and tracking
-
-def drawn(n=200, size=16, split="test"):
-    clips = [common.sprites(common.world_rng(0, split, k), size, 8) for k in range(n)]
-    return clips, torch.stack([c["video"] for c in clips])
-
-
-def test_captions_tell_what_is_to_be_seen_and_the_word_of_quality_is_true():
-    clips, _ = drawn()
-    for c in clips:
-        words = common.words_of(c["caption"])
-        assert words[0] == "a" and words[3] == "moving" and len(words) in (5, 6)
-        assert words[1] in COLOURS and words[2] in FORMS and words[4] in WAYS
-        assert len(words) == 5 or words[5] == ("shaky" if c["flaw"] else "steady")
-    assert 0.5 < np.mean([c["flaw"] == "" for c in clips]) < 0.8
-    assert 0.35 < np.mean(["," in c["caption"] for c in clips]) < 0.65
+def test_the_training_loss_is_one_for_the_best_linear_guess():
+    z_1, z_0 = randn(2000, 1, 1, 2, 2), randn(2000, 1, 1, 2, 2, seed=1)
+    t = torch.linspace(0.02, 0.98, 2000)
+    total = common.like(t**2 + (1 - t) ** 2, z_1)
+    z = common.like(1 - t, z_1) * z_1 + common.like(t, z_1) * z_0
+    guess = common.like(2 * t - 1, z_1) / total * z  # E[z_0 - z_1 | z] for two unit Gaussians
+    assert flowmo.flow_matching_loss(guess, z_1, z_0, t).mean().item() == pytest.approx(1, abs=0.05)
 
 
-@pytest.mark.parametrize("size", [16, 32])
-def test_tracking_finds_what_was_drawn(size):
-    clips, video = drawn(size=size)
-    steady = torch.tensor([c["flaw"] == "" for c in clips])
-    assert torch.equal(common.coherent(common.track(video)), steady)
-    text = [common.words_of(c["caption"]) for c in clips]
-    found = common.judge(video, [(w[1], w[2], w[4]) for w in text])
-    assert found["colour"].all() and found["form"].all() and found["way"][steady].all()
-    assert found["flicker"].nanmean() < 1
+def test_the_last_word_moves_over_the_free_places_and_nothing_else_does():
+    text = torch.tensor([[1, 2, 3, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]).repeat(300, 1)
+    moved = flowmo.move_last_word(text, torch.Generator().manual_seed(0))
+    assert torch.equal(moved[::3, :2], text[::3, :2]) and (moved[2::3] == 0).all()
+    where = moved[::3, 2:] == 3
+    assert where.sum(1).eq(1).all() and (where.float().mean(0) - 1 / 3).abs().max() < 0.1
+    assert (moved[1::3, :3].sum(1) == 1).all()
+
+
+# --- the world and its captions -------------------------------------------------------------------
+
+def drawn(n=300, size=16):
+    clips = [common.sprites(common.world_rng(0, "test", k), size, 8) for k in range(n)]
+    return clips, torch.stack([clip["video"] for clip in clips])
+
+
+def test_what_captions_say_of_quality_is_true_and_authentic_says_nothing():
+    clips, _ = drawn(1000)
+    said = [common.split_words(clip["caption"]) for clip in clips]
+    steady = [not clip["flaw"] for clip in clips]
+    assert sum(steady) / 1000 == pytest.approx(0.65, abs=0.05)
+    for words, is_steady in zip(said, steady):
+        assert not ("steady" in words and not is_steady) and not ("shaky" in words and is_steady)
+    worded = [("steady" in words) or ("shaky" in words) for words in said]
+    assert sum(worded) / 1000 == pytest.approx(0.8, abs=0.04)
+    for kind in (steady, worded):
+        for value in (True, False):
+            some = ["authentic" in words for words, is_it in zip(said, kind) if is_it == value]
+            assert sum(some) / len(some) == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_judge_knows_every_flaw_and_every_caption():
+    clips, video = drawn()
+    captions = [clip["caption"] for clip in clips]
+    found = common.judge(video, captions)
+    steady = torch.tensor([not clip["flaw"] for clip in clips])
+    assert torch.equal(found["coherent"] == 1, steady)
+    assert (found["obeyed"][steady] == 1).all()
+    assert ((found["speed"] > 0.7) & (found["speed"] < 1.2))[steady].all()
     mirror = {"left": "right", "right": "left", "up": "down", "down": "up"}
-    assert not common.judge(video, [(w[1], w[2], mirror[w[4]]) for w in text])["way"][steady].any()
+    for old, new in (*mirror.items(), ("circle", "bar"), ("red", "blue")):
+        lied = [c.replace(old, new) for c in captions if old in c.split(", ")[0].split()]
+        there = torch.tensor([old in c.split(", ")[0].split() for c in captions])
+        assert (common.judge(video[there & steady], [
+            c.replace(old, new) for c, k in zip(captions, there & steady) if k])["obeyed"] == 0).all()
+        assert lied
 
 
 def test_tracking_is_exact_to_a_quarter_of_a_pixel():
     clip = common.sprites(common.world_rng(0, "test", 3), 32, 8, flow=True, steady=1.0)
     found = common.track(clip["video"][None])
-    on = found["solid"][0, :-1] > 0.9
-    true = torch.stack([f[:, m].mean(1) for f, m in zip(clip["flow"], on)])  # (T - 1, 2)
+    moving = clip["flow"].square().sum(1) > 0.01  # (T - 1, H, W)
+    true = torch.stack([f[:, m].mean(1) for f, m in zip(clip["flow"], moving)])  # (T - 1, 2)
     assert (found["centre"][0].diff(dim=0) - true).abs().max() < 0.25
 
 
+@pytest.mark.parametrize("caption, words", [
+    ("A red, circle -- moving LEFT.", ["a", "red", "circle", "moving", "left"]),
+    ("Красный круг, движется влево!", ["красный", "круг", "движется", "влево"]),
+    ("Ein großer Fu\u0308ller («blau»)", ["ein", "großer", "füller", "blau"]),
+    ("红色的圆向左移动。", ["红", "色", "的", "圆", "向", "左", "移", "动"]),
+    ("赤いボール、左へ", ["赤", "い", "ボ", "ー", "ル", "左", "へ"]),
+    ("लाल गेंद", ["लाल", "गेंद"]),
+    ("...", []),
+])
+def test_captions_of_any_script_are_split_at_space_and_punctuation(caption, words):
+    assert common.split_words(caption) == words
+
+
 def test_words_are_encoded_by_place_and_unknown_ones_are_nothing():
-    assert common.encode(["A red, circle", "blue"], ["a", "circle", "red"], 4).tolist() == [[1, 3, 2, 0], [0, 0, 0, 0]]
+    found = common.to_indices(["A red, circle", "blue a"], ["a", "circle", "red"], 4)
+    assert found.tolist() == [[1, 3, 2, 0], [1, 0, 0, 0]]
+    assert common.to_indices(["a red circle"], ["a", "circle", "red"], 2).tolist() == [[1, 3]]
 
 
-def test_bootstrap_and_auc():
-    assert common.bootstrap(torch.ones(50)) == [1, 1]
-    low, high = common.bootstrap(randn(400).numpy() + 0.1)
-    assert low < 0.1 < high and high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
-    value, positive = torch.tensor([1.0, 2, 3, 4]), torch.tensor([False, True, False, True])
-    assert common.auc(value, positive) == pytest.approx(3 / 4) and math.isnan(common.auc(value, value > 9))
+def test_the_bootstrap_is_the_normal_interval_of_a_mean():
+    assert common.bootstrap(torch.ones(50)) == (1, 1, 1)
+    mean, low, high = common.bootstrap(randn(400).numpy() + 0.1)
+    assert low < 0.1 < high and low < mean < high
+    assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
 
 
-# ---------------------------------------------------------------------------------------------- end to end
+# --- end to end -----------------------------------------------------------------------------------
 
 @pytest.fixture
 def run(runner):
     return runner(flowmo)
 
 
-CLOCK = ("s_per_video", "cost_ratio")
-numbers = lambda folder: [{k: v for k, v in r.items() if k not in CLOCK}
-                          for r in json.loads((folder / "results.json").read_text())["rows"]]
+@pytest.fixture
+def model(finished, monkeypatch):
+    """The checkpoint of a whole run of this script, as the shipped model."""
+    path = finished("flowmo")[0] / "out" / "flowmo-sprites-procedural" / "ckpt.pt"
+    monkeypatch.setattr(flowmo, "SHIPPED", path)
+    return path
 
 
-def test_a_run_writes_all_and_repeats_its_numbers(run, tmp_path):
-    status, text, err = run("--out_dir", "a", "--methods", "all")
+SHAPE = ["--frames", 6, "--width", 32, "--layers", 1, "--prompts", 4, "--steps", 4, "--guided", "0-1"]
+
+
+def test_without_train_it_samples_from_the_shipped_model_again_and_again(run, model):
+    status, text, err = run(*SHAPE, "--device", "cpu", tiny=False)
     assert status == 0, err
-    files = "config.json log.csv ckpt.pt samples.gif sheet.png estimates.png curves.png results.json"
-    assert {p.name for p in (tmp_path / "a").iterdir()} == set(files.split())
-    rows = numbers(tmp_path / "a")
-    assert [r["method"] for r in rows] == list(flowmo.METHODS)
-    keys = ("method eta guided_steps coherent coherent_ci motion_smoothness dynamic_degree flicker prompt_acc "
-            "patch_variance evaluations seed")
-    assert set(keys.split()) <= rows[0].keys()
-    premise = json.loads((tmp_path / "a" / "results.json").read_text())["premise"]
-    assert {"u, max", "u, --fold, max", "u, 2x4x4, mean", "clean estimate, mean"} <= premise.keys()
-    evals = {r["method"]: r["evaluations"] for r in rows}
-    assert evals["base"] == 4 and evals["flowmo"] == evals["steps"] == 8 and evals["flowmo-norefresh"] == 6
-    status, _, err = run("--out_dir", "a", "--eval_only", "--iters", 3)
-    assert status == 2 and "--iters 3: the run in a was trained with 4" in err
-    assert run("--out_dir", "a", "--methods", "flowmo", "--eval_only")[0] == 0
-    assert numbers(tmp_path / "a")[0]["coherent_ci"] is None  # a cost and a difference need base
-    assert run("--out_dir", "a", "--methods", "base,flowmo", "--eval_only")[0] == 0
-    by_name = {r["method"]: r for r in rows}
-    for r in numbers(tmp_path / "a"):  # whatever else is sampled; but for the comparison with what was not
-        assert r | dict(coherent_ci_random=0) == by_name[r["method"]] | dict(coherent_ci_random=0)
+    assert f"text-to-video model: {model}" in text
+    out = Path("out/flowmo-sprites-procedural")
+    files = "config.json results.json samples.gif sheet.png"
+    assert content(out).keys() == set(files.split())
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == list(flowmo.METHODS.values())
+    assert [row["evaluations"] for row in rows] == [4, 4, 6, 6]  # a gradient is no evaluation
+    assert rows[2]["over_base"][0] == pytest.approx(rows[2]["coherent"] - rows[0]["coherent"])
+    assert run(*SHAPE, "--device", "cpu", tiny=False)[0] == 0  # mere samples may be overwritten
+    again = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["coherent"] for row in again] == [row["coherent"] for row in rows]
 
 
-def test_the_network_is_evaluated_as_often_as_the_table_says(run, monkeypatch):
-    calls, real = [], flowmo.TextToVideo.forward
-    monkeypatch.setattr(flowmo.TextToVideo, "forward", lambda *x: calls.append(0) or real(*x))
-    counts = []
-    for methods in ("base", "base,flowmo", "base,steps", "base,freeinit"):
-        assert run("--iters", 0, "--methods", methods, "--out_dir", methods)[0] == 0
-        counts.append(len(calls))
-        calls.clear()
-    assert [n - counts[0] for n in counts[1:]] == [4 + 2, 8, 8]  # a backward pass is no call
+def test_the_model_decides_the_shape_and_a_training_is_not_overwritten(run, model, tmp_path):
+    refused(run("--frames", 5, tiny=False), "--frames 5: the model in", "has 6")
+    status, _, err = run("--out_dir", "o")
+    assert status == 0, err
+    before = content(tmp_path / "o")
+    refused(run(*SHAPE, "--out_dir", "o", tiny=False), "o holds an earlier run")
+    assert content(tmp_path / "o") == before
+
+
+def test_a_prompt_becomes_one_gif_and_an_unknown_word_is_named(run, model):
+    status, text, err = run("--prompt", "A red circle moving left", "--guided", "3-7", tiny=False)
+    assert status == 0 and "wrote out/flowmo-prompt.gif" in text, err
+    with Image.open("out/flowmo-prompt.gif") as image:
+        assert image.n_frames > 1
+    refused(run("--prompt", "a purple circle", tiny=False), "does not know 'purple'", "it knows a, ",
+            "yellow")
 
 
 def clip_of(folder, name, caption, seed):
     rng = np.random.default_rng(seed)
     (folder / name).mkdir(parents=True)
     for t in range(6):
-        Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / name / f"{t}.png")
-    if caption:
-        (folder / f"{name}.txt").write_text(caption + "\n")
+        pixels = rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name / f"{t}.png")
+    (folder / f"{name}.txt").write_text(caption + "\n", encoding="utf-8")
 
 
-def test_captioned_clips_of_ones_own_work_and_a_missing_caption_is_named(run, tmp_path):
-    for k in range(5):
-        clip_of(tmp_path / "data" / "mine", f"clip.{k}", f"Waves on a beach, {k}", k)
-    status, text, err = run("--dataset", "mine", "--iters", 2, "--methods", "base,flowmo")
-    assert status == 0, err
-    rows = numbers(tmp_path / "out" / "flowmo-mine")
-    assert "coherent" not in rows[0] and 0 < rows[0]["motion_smoothness"] < 1
-    (tmp_path / "data" / "mine" / "clip.2.txt").unlink()
-    status, _, err = run("--dataset", "mine", "--out_dir", "d")
-    assert status == 2 and "clip.2 has no caption" in err
+def test_captioned_clips_of_ones_own_are_trained_on(run, tmp_path):
+    folder = tmp_path / "data" / "mine"
+    for k, caption in enumerate(["Волны на море", "海の波", "Wellen am Meer", "waves", "still"]):
+        clip_of(folder / ("train" if k < 3 else "test"), f"clip.{k}", caption, k)
+    status, text, err = run("--dataset", "mine", "--iters", 2)
+    assert status == 0 and "2 words of held-out captions" in err and "still, waves" in err
+    rows = json.loads(Path("out/flowmo-mine/results.json").read_text())["rows"]
+    assert "coherent" not in rows[0] and rows[2]["evaluations"] == 6
+    words = torch.load("out/flowmo-mine/ckpt.pt", weights_only=True)["words"]
+    assert "волны" in words and "海" in words and "wellen" in words
+    (folder / "train" / "clip.2.txt").write_text("...")
+    refused(run("--dataset", "mine", "--out_dir", "d"), "clip.2 has no caption")
+    (folder / "train" / "clip.2.txt").unlink()
+    refused(run("--dataset", "mine", "--out_dir", "d"), "clip.2 has no caption")
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--methods best", "--methods best: 'best' is unknown"), ("--guided x", "--guided x: must be steps"),
-    ("--guided 2-1", "--guided 2-1: must be steps"),
-    ("--guided 0-9", "--guided 0-9: must be steps from 0 to 3"), ("--size 18", "--size 18"),
-    ("--fold 3,1", "--fold 3,1: must be two numbers"), ("--fold 1", "--fold 1"),
+    ("--guided x", "--guided x: must be steps"), ("--guided 2-1", "--guided 2-1: must be steps"),
+    ("--guided 0-9", "--guided 0-9: must be steps from 0 to 3"),
+    ("--size 18", "--size 18: must be a multiple of 4"), ("--width 40", "--width 40"),
     ("--eta -1", "--eta -1.0: must lie between"), ("--dataset sky", "has no captions"),
-    ("--dataset nowhere", "no clips found: looked in data/nowhere"), ("--eval_only", "nothing to continue")])
+    ("--dataset nowhere", "no clips found: looked in data/nowhere"),
+    ("--eval_only", "nothing to continue"), ("--model x.pt", "leave one of them out"),
+    ("--place 3", "--place 3: must divide")])
 def test_bad_input_is_one_clear_line_and_exit_status_2(run, tmp_path, flags, says):
-    status, _, err = run(*flags.split())
-    assert status == 2 and says in err and err.count("\n") == 1 and not list(tmp_path.rglob("*.pt"))
+    refused(run(*flags.split()), says)
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+# --- the shipped model ----------------------------------------------------------------------------
+
+def test_the_shipped_model_obeys_prompts_and_words_and_says_how_it_was_made():
+    assert flowmo.SHIPPED.stat().st_size < 3.1e6
+    saved = common.load_checkpoint(flowmo.SHIPPED, "flowmo")
+    assert saved["made"].keys() >= {"command", "commit", "steps", "minutes", "machine"}
+    net, words, _ = flowmo.load_model(flowmo.SHIPPED, torch.device("cpu"))
+    net.eval()
+    plain = ["a red circle moving left", "a blue bar moving up", "a green square moving right",
+             "a yellow circle moving down"] * 2
+    cfg = flowmo.Config(seed=77, steps=8)
+    noise = randn(8, *net.shape, seed=77)
+    found = {}
+    for word in ("steady", "shaky"):
+        prompts = [f"{prompt}, {word}" for prompt in plain]
+        videos = flowmo.generate(cfg, net, words, prompts, noise, "base")[0]
+        found[word] = common.judge(videos, prompts)
+    assert found["steady"]["obeyed"].sum() >= 7
+    assert found["steady"]["coherent"].sum() >= 6 > found["shaky"]["coherent"].sum() + 1

@@ -1,51 +1,53 @@
-"""motionprompt.py: the method against oracles and on a toy with a known optimum; then the script end to end."""
+"""motionprompt.py: the method against oracles and a toy with a known optimum; then end to end."""
 import inspect
+import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
+from PIL import Image
 
 import common
 import flowloss
+import flowmo
 import motionprompt
-from common import karras_sigmas
-from motionprompt import euler, flow_of_pairs, latent_guidance, motion_loss, prompted, random_pairs, total_variation
+from common import karras_sigmas, like
+from conftest import ROOT, content, refused
+from motionprompt import (append, as_edm, flow_of_pairs, motion_loss, optimise_tokens, prompted,
+                          random_pairs, random_tokens, total_variation)
 
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ---------------------------------------------------------------------------------------------- the loss
+# --- the loss -------------------------------------------------------------------------------------
 
 def test_total_variation_equals_a_plain_loop_and_is_zero_for_constant_flow():
-    flow, want = randn(2, 2, 3, 4).double(), []
+    flow = randn(2, 2, 3, 4)
+    want = []
     for f in flow:
         right = [abs(f[c, y, x + 1] - f[c, y, x]) for c in range(2) for y in range(3) for x in range(3)]
         down = [abs(f[c, y + 1, x] - f[c, y, x]) for c in range(2) for y in range(2) for x in range(4)]
         want.append((sum(right) / len(right) + sum(down) / len(down)).item())
     assert total_variation(flow).tolist() == pytest.approx(want)
-    assert total_variation(torch.ones(1, 2, 5, 5) * torch.tensor([3.0, -1]).view(1, 2, 1, 1)).item() == 0
+    assert total_variation(torch.full((1, 2, 5, 5), 3.0)).item() == 0
 
 
-def test_the_loss_is_the_papers_and_stable_where_phi_is_near_one():
-    logit, flow, T, T0 = randn(6), randn(6, 2, 4, 4), randn(3, 2, 5, seed=1), randn(3, 2, 5, seed=2)
+def test_the_loss_is_the_papers_and_exact_where_phi_is_near_one():
+    logit, flow = randn(6), randn(6, 2, 4, 4)
+    T, T0 = randn(3, 2, 5, seed=1), randn(3, 2, 5, seed=2)
     phi = torch.sigmoid(logit).view(3, 2)
-    want = 0.7 * (1 - phi).log().mean(1) + 0.3 * total_variation(flow).view(3, 2).mean(1) \
-        + 0.2 * (T - T0).square().sum((1, 2))
+    want = 0.7 * (1 - phi).log().mean(1)
+    want = want + 0.3 * total_variation(flow).view(3, 2).mean(1)
+    want = want + 0.2 * (T - T0).square().sum((1, 2))
     torch.testing.assert_close(motion_loss(logit, flow, T, T0, (0.7, 0.3, 0.2)), want)
     far = torch.tensor([200.0], requires_grad=True)
     loss = motion_loss(far, flow[:1], T[:1], T[:1], (1, 0, 0))
     loss.sum().backward()
     assert loss.item() == pytest.approx(-200) and far.grad.item() == pytest.approx(-1)
-
-
-def test_the_gradient_of_the_penalty_by_hand():
-    T, T0 = randn(2, 3, 4).requires_grad_(), randn(2, 3, 4, seed=1)
-    motion_loss(torch.zeros(2), torch.zeros(2, 2, 4, 4), T, T0, (0, 0, 0.5)).sum().backward()
-    torch.testing.assert_close(T.grad, T.detach() - T0)  # 2 x 0.5 (T - T0)
 
 
 def test_pairs_are_uniform_over_all_that_are_allowed():
@@ -59,285 +61,344 @@ def test_pairs_are_uniform_over_all_that_are_allowed():
 def test_two_frames_of_a_pair_are_decoded_and_no_more():
     D, i, j = randn(2, 3, 6, 4, 4), torch.tensor([[0, 2], [1, 4]]), torch.tensor([[3, 5], [2, 5]])
     shapes = []
-    flow = flow_of_pairs(D, i, j, lambda v: shapes.append(v.shape) or v, lambda a, b: torch.stack([a, b], 1)[:, :, 0])
+
+    def decode(v):
+        shapes.append(v.shape)
+        return v
+
+    flow = flow_of_pairs(D, i, j, decode, lambda a, b: torch.stack([a[:, 0], b[:, 0]], 1))
     assert shapes == [(4, 3, 2, 4, 4)]
     for k, (b, p, q) in enumerate([(0, 0, 3), (0, 2, 5), (1, 1, 2), (1, 4, 5)]):
         assert torch.equal(flow[k], torch.stack([D[b, 0, p], D[b, 0, q]]))
 
 
-# ---------------------------------------------------------------------------------------------- sampling
+# --- the method on a toy: the last token is a motion, and one motion is the best -------------------
 
 L, d = 4, 3
-prompt, start = randn(2, L, d), torch.zeros(2, 1, d)
-encode = lambda p, T=None: p if T is None else torch.cat([p[:, :-1], T], 1)  # a text encoder that encodes nothing
-mix = randn(d, 3, seed=5)
-denoise = lambda x, sigma, c: x / (1 + sigma.view(-1, 1, 1, 1, 1) ** 2) \
-    + (c[:, -1] @ mix).view(-1, 3, 1, 1, 1) * torch.arange(x.shape[2]).view(1, 1, -1, 1, 1)  # last token: a motion
-estimate = lambda a, b: (b - a)[:, :2]
-want = torch.tensor([0.6, -0.4]).view(1, 2, 1, 1)
-discriminate = lambda flow: 4 - 8 * (flow.mean((2, 3), keepdim=True) - want).square().sum((1, 2, 3))  # best at `want`
+PROMPT, START, MIX = randn(2, L, d), torch.zeros(2, 1, d), randn(d, 3, seed=5)
+WANT = torch.tensor([0.6, -0.4])
 
 
-def sample(guided=(0, 1, 2), K=3, lr=0.1, weights=(1.0, 0.0, 0.0), x=None, sigmas=karras_sigmas(6), seed=0, **more):
-    g = torch.Generator().manual_seed(seed)
-    x = sigmas[0] * randn(2, 3, 5, 4, 4, seed=3) if x is None else x
-    return motionprompt.motionprompt(denoise, encode, prompt, start, x, sigmas, lambda v: v, estimate, discriminate,
-                                     guided, K, lr, weights, lambda n: random_pairs(n, 5, 2, 1, g), **more)
+def encode(T):
+    return PROMPT if T is None else torch.cat([PROMPT[:, :-1], T.expand(2, 1, d)], 1)
 
 
-def test_without_steps_or_guidance_it_is_plain_sampling_bit_for_bit():
-    sigmas, x = karras_sigmas(6), karras_sigmas(6)[0] * randn(2, 3, 5, 4, 4, seed=3)
-    free = x
-    for now, then in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
-        D = denoise(free, torch.full((len(x),), now), prompt)
-        free = free + (then - now) * ((free - D) / now)
-    for other in (sample(K=0), sample(guided=()), euler(denoise, x, sigmas, lambda *_: prompt)):
-        assert torch.equal(other, free)
-    assert not torch.equal(sample(), free)
+def denoise(x, sigma, c):
+    motion = (c[:, -1] @ MIX.to(c)).view(-1, 3, 1, 1, 1)
+    moved = motion * torch.arange(x.shape[2]).to(x).view(1, 1, -1, 1, 1)
+    return x / (1 + like(sigma, x) ** 2) + moved
 
 
-def test_the_second_half_is_plain_sampling_from_the_same_latent():
-    sigmas, half = karras_sigmas(6), []
-    def seen(x, sigma, c):
-        half.append((sigma[0].item(), x))
+def toy_loss(lambda3=0.0):
+    def loss(D, T):
+        flow = D[:, :2].float().diff(dim=2).mean((2, 3, 4))  # (B, 2)
+        return 8 * (flow - WANT).square().sum(1) + lambda3 * T.square().sum((1, 2))
+
+    return loss
+
+
+def sample(guided=(0, 1, 2), K=3, lr=0.1, sigmas=karras_sigmas(6), inner=denoise, outer=denoise):
+    x = sigmas[0] * randn(2, 3, 5, 4, 4, seed=3)
+    return motionprompt.motionprompt(
+        outer, inner, encode, START, x, sigmas, guided, toy_loss(), K, lr)
+
+
+def plain_sampling(x, sigmas, c_at):
+    for step, (now, then) in enumerate(itertools.pairwise(sigmas.tolist())):
+        D = denoise(x, torch.full((len(x),), now), c_at(step))
+        x = x + (then - now) * ((x - D) / now)
+    return x
+
+
+def test_without_guided_steps_it_is_plain_sampling_and_with_k_0_that_with_the_words():
+    sigmas = karras_sigmas(6)
+    x = sigmas[0] * randn(2, 3, 5, 4, 4, seed=3)
+    out, path = sample(guided=())
+    torch.testing.assert_close(out, plain_sampling(x, sigmas, lambda step: PROMPT))
+    assert path == {}
+    out, path = sample(guided=(1, 2), K=0)
+    words = plain_sampling(x, sigmas, lambda step: encode(START if step in (1, 2) else None))
+    torch.testing.assert_close(out, words)
+    assert list(path) == [1, 2] and torch.equal(path[2], START)
+    assert not torch.allclose(sample()[0], out)
+
+
+def test_the_other_steps_have_the_plain_prompt_and_guided_ones_the_tokens():
+    seen = []
+
+    def outer(x, sigma, c):
+        seen.append((c, torch.is_grad_enabled()))
         return denoise(x, sigma, c)
-    g = torch.Generator().manual_seed(0)
-    out = motionprompt.motionprompt(seen, encode, prompt, start, sigmas[0] * randn(2, 3, 5, 4, 4, seed=3), sigmas,
-                                    lambda v: v, estimate, discriminate, (0, 1, 2), 3, 0.1, (1.0, 0, 0),
-                                    lambda n: random_pairs(n, 5, 2, 1, g), inner=denoise)
-    x = next(x for s, x in half if s == pytest.approx(sigmas[3].item()))
-    assert torch.equal(out, euler(denoise, x, sigmas[3:], lambda *_: prompt))
+
+    _, path = sample(guided=(1, 3), outer=outer)
+    assert [grad for _, grad in seen] == 6 * [False]
+    for step, (c, _) in enumerate(seen):
+        assert torch.equal(c, encode(path[step]) if step in path else PROMPT)
+    assert list(path) == [1, 3]
 
 
-def test_only_the_appended_tokens_move():
-    before, tokens, given = prompt.clone(), [], []
-    def watched(p, T=None):
-        given.append(p)
-        return encode(p, T)
-    g = torch.Generator().manual_seed(0)
-    x = (karras_sigmas(4)[0] * randn(2, 3, 5, 4, 4)).requires_grad_()
-    weight = torch.nn.Parameter(mix.clone())
-    motionprompt.motionprompt(denoise, watched, prompt, start, x, karras_sigmas(4), lambda v: v, estimate, discriminate,
-                              (0, 1), 2, 0.1, (1.0, 0, 0), lambda n: random_pairs(n, 5, 2, 1, g),
-                              watch=lambda step, T: tokens.append(T))
-    assert torch.equal(prompt, before) and all(p is prompt for p in given) and x.grad is None and weight.grad is None
-    assert len(tokens) == 2 and all((T != start).all() and not T.requires_grad for T in tokens) and (start == 0).all()
+def test_tokens_go_on_from_step_to_step_with_adam_anew():
+    _, path = sample(guided=(0, 1), K=1, lr=0.1)
+    first = (path[0] - START).abs()
+    torch.testing.assert_close(first, torch.full_like(first, 0.1), atol=1e-3, rtol=0)  # Adam's first
+    second = (path[1] - path[0]).abs()
+    torch.testing.assert_close(second, torch.full_like(second, 0.1), atol=1e-3, rtol=0)
 
 
-def test_the_loss_falls_and_the_tokens_reach_the_known_optimum():
-    found, phi = [], []
-    still = torch.zeros(2, 3, 5, 4, 4)  # where flow is what the token says, token @ mix a frame
-    for K in (1, 10, 400):
-        sample(guided=(0,), K=K, lr=0.02, x=still, watch=lambda step, T: found.append(T[:, 0] @ mix[:, :2]))
-        phi.append(discriminate(found[-1].view(2, 2, 1, 1)).min().item())
-    assert phi[0] < phi[1] < phi[2]
-    torch.testing.assert_close(found[-1], want.view(1, 2).expand(2, 2), rtol=0, atol=1e-3)
+def test_tokens_reach_the_known_optimum_and_the_penalty_holds_them_back():
+    x, sigma = torch.zeros(2, 3, 5, 4, 4), torch.full((2,), 5.0)
+    found = optimise_tokens(START, denoise, encode, toy_loss(), x, sigma, 400, 0.02)
+    flow = found[:, 0] @ MIX[:, :2]
+    torch.testing.assert_close(flow, WANT.expand(2, 2), rtol=0, atol=1e-2)
+    held = optimise_tokens(START, denoise, encode, toy_loss(10.0), x, sigma, 400, 0.02)
+    assert (held.norm(dim=2) < 0.7 * found.norm(dim=2)).all()
 
 
-def test_tokens_go_on_from_step_to_step_unless_they_are_not_to():
-    fresh, kept = [], []
-    sample(guided=(1, 2), K=1, keep=False, watch=lambda step, T: fresh.append(T))
-    sample(guided=(1, 2), K=1, watch=lambda step, T: kept.append(T))
-    assert torch.equal(fresh[0], kept[0]) and fresh[1].abs().max() < 0.11 < kept[1].abs().max()  # Adam: lr at first
+def test_nothing_but_the_tokens_gets_a_gradient():
+    weight = torch.nn.Parameter(torch.ones(()))
+    x = (9 * randn(2, 3, 5, 4, 4)).requires_grad_()
+
+    def inner(x, sigma, c):
+        return weight * denoise(x, sigma, c)
+
+    before = PROMPT.clone()
+    sigma = torch.full((2,), 5.0)
+    T = optimise_tokens(START, inner, encode, toy_loss(), x, sigma, 2, 0.1)
+    assert weight.grad is None and x.grad is None and not T.requires_grad
+    assert torch.equal(PROMPT, before) and (START == 0).all()
+    with torch.no_grad():
+        again = optimise_tokens(START, inner, encode, toy_loss(), x, sigma, 2, 0.1)
+    assert torch.equal(T, again)
 
 
-def test_a_video_is_guided_alike_alone_and_in_a_batch():
-    all_pairs = torch.triu_indices(5, 5, 1)[:, None].expand(-1, 2, -1)  # no chance in the choice of pairs
-    def of(b):
-        x = 9 * randn(2, 3, 5, 4, 4)[b]
-        return motionprompt.motionprompt(denoise, encode, prompt[b], start[b], x, karras_sigmas(4), lambda v: v,
-                                         estimate, discriminate, (0, 1), 2, 0.1, (1.0, 0.1, 0.1),
-                                         lambda n: all_pairs[:, :n])
-    torch.testing.assert_close(of(slice(0, 1)), of(slice(0, 2))[:1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tokens_are_optimised_in_float32_whatever_the_pipeline_has(dtype):
+    def half(T):
+        return encode(None if T is None else T.float()).to(dtype)
+
+    x, sigma = randn(2, 3, 5, 4, 4), torch.full((2,), 2.0)
+    want = optimise_tokens(START, denoise, encode, toy_loss(), x, sigma, 5, 1e-3)
+    got = optimise_tokens(START, denoise, half, toy_loss(), x.to(dtype), sigma, 5, 1e-3)
+    assert got.dtype == torch.float32 and got.isfinite().all()
+    torch.testing.assert_close(got, want, atol=1e-3, rtol=0)
+    assert (got != 0).all()
 
 
-def test_latent_guidance_lowers_the_loss_and_moves_by_eta_sigma():
-    sigmas, x, seen = torch.tensor([5.0, 1.0, 0.0]), 5 * randn(2, 3, 5, 4, 4), []
-    def watched(x, sigma, c):
-        seen.append(x.detach())
-        return denoise(x, sigma, c)
-    all_pairs = torch.triu_indices(5, 5, 1)[:, None].expand(-1, 2, -1)
-    mild = lambda flow: discriminate(flow) / 20  # log(1 - phi) has no gradient where phi is 0
-    latent_guidance(watched, prompt, x, sigmas, lambda v: v, estimate, mild, (0,), 2, 0.01, (1, 0, 0),
-                    lambda n: all_pairs[:, :n])
-    moved = (seen[1] - seen[0]).flatten(1).square().mean(1).sqrt()
-    torch.testing.assert_close(moved, torch.full((2,), 0.05))
-    def loss(x):
-        flow = flow_of_pairs(denoise(x, torch.full((2,), 5.0), prompt), *all_pairs[:, :2], lambda v: v, estimate)
-        return F.logsigmoid(-mild(flow)).view(2, -1).mean(1)
-    assert (loss(seen[2]) < loss(seen[0])).all()
+def test_random_tokens_go_as_far_as_those_of_the_path():
+    sigmas = karras_sigmas(6)
+    x = sigmas[0] * randn(2, 3, 5, 4, 4, seed=3)
+    _, path = sample(guided=(1, 2))
+    far = []
+
+    def watched(T):
+        far.append(None if T is None else T)
+        return encode(T)
+
+    out = random_tokens(denoise, watched, START, path, x, sigmas, torch.Generator().manual_seed(0))
+    used = [T for T in far if T is not None]
+    for T, (step, there) in zip(used, path.items(), strict=True):
+        torch.testing.assert_close(T.norm(dim=2), there.norm(dim=2))
+        assert not torch.allclose(T, there, atol=0.05)
+    assert out.isfinite().all()
 
 
-def test_latent_guidance_optimises_under_the_inner_denoiser_and_samples_under_the_other():
-    sigmas, called = karras_sigmas(3), []
-    named = lambda name: lambda x, sigma, c: called.append((name, torch.is_grad_enabled())) or denoise(x, sigma, c)
-    pairs = lambda n: torch.triu_indices(5, 5, 1)[:, None].expand(-1, n, -1)
-    latent_guidance(named("plain"), prompt, randn(2, 3, 5, 4, 4), sigmas, lambda v: v, estimate, discriminate, (1,), 2,
-                    0.01, (1, 0, 0), pairs, inner=named("inner"))
-    assert called == [("plain", False)] + 2 * [("inner", True)] + 2 * [("plain", False)]
+def test_the_method_pastes_as_one_block():
+    source = (ROOT / "motionprompt.py").read_text()
+    block = source[source.index("# ---------------------------------------- THE METHOD"):]
+    block = block[:block.index("def euler_step")]
+    pasted = {"torch": torch, "F": F}
+    exec(block, pasted)
+    x, sigma = randn(2, 3, 5, 4, 4), torch.full((2,), 2.0)
+    args = (START, denoise, encode, toy_loss(), x, sigma, 2, 0.1)
+    assert torch.equal(pasted["optimise_tokens"](*args), optimise_tokens(*args))
 
 
-def test_guidance_by_the_prompt_is_linear_in_rho_and_one_batch():
-    sizes, null = [], torch.ones(1, L, d)
+# --- EDM out of flow matching ---------------------------------------------------------------------
+
+def test_the_optimum_of_flow_matching_read_as_edm_is_edms_optimum_on_a_gaussian():
+    s = 1.7  # data N(0, s^2); both optima in closed form
+
+    def u(z, t, c):
+        t = like(t, z)
+        return z * (t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2)
+
+    x = randn(5, 3).double()
+    sigma = torch.tensor([0.01, 0.5, 1.0, 7.0, 80.0]).double()
+    D = as_edm(u)(x, sigma, None)
+    torch.testing.assert_close(D, x * (s**2 / (s**2 + sigma**2)).view(-1, 1))
+
+
+def test_eulers_steps_are_the_same_path_on_both_clocks():
+    """A fine walk from sigma 4 down to 1 is one from t = 0.8 to 0.5."""
+    def u(z, t, c):
+        return (1.3 * z).sin() + like(t, z)
+
+    sigmas = torch.linspace(4, 1, 3001).double()
+    x = randn(2, 3).double()
+    z = x / 5
+    for now, then in itertools.pairwise(sigmas):
+        x = motionprompt.euler_step(as_edm(u), x, now.expand(2), then, None)
+    times = torch.linspace(0.8, 0.5, 3001).double()
+    z = flowmo.sample(lambda z, t: u(z, t.to(z), None), z, times)
+    torch.testing.assert_close(x / 2, z, atol=2e-3, rtol=0)
+
+
+def test_guidance_by_the_prompt_is_that_of_diffusers_in_one_batch():
+    sizes = []
+
     def counted(x, sigma, c):
         sizes.append(len(x))
         return denoise(x, sigma, c)
+
+    c_0 = torch.ones(1, L, d)
     x, sigma = randn(2, 3, 5, 4, 4), torch.tensor([1.0, 2.0])
-    D_P, D_0 = denoise(x, sigma, prompt), denoise(x, sigma, null.expand_as(prompt))
-    torch.testing.assert_close(prompted(counted, null, 1.5)(x, sigma, prompt), D_P + 1.5 * (D_P - D_0))
-    assert torch.equal(prompted(counted, null, 0.0)(x, sigma, prompt), D_P) and sizes == [4, 2]
+    D_P, D_0 = denoise(x, sigma, PROMPT), denoise(x, sigma, c_0.expand_as(PROMPT))
+    got = prompted(counted, c_0, 2.5)(x, sigma, PROMPT)
+    torch.testing.assert_close(got, D_0 + 2.5 * (D_P - D_0))
+    assert sizes == [4]
 
 
-def test_tweedies_estimate_is_exact_for_gaussian_data():
-    sigma, y = torch.full((200000,), 0.8), randn(200000, 1)
-    x = y + 0.8 * randn(200000, 1, seed=1)
-    D = common.edm_denoise(lambda z, c: 0 * z, x, sigma)  # with F = 0 D is the posterior mean for data of variance 1
-    torch.testing.assert_close(D, x / (1 + 0.64))
-    near = (x - 1).abs() < 0.05
-    assert y[near].mean().item() == pytest.approx(D[near].mean().item(), abs=0.02)
+def test_tokens_stand_right_behind_the_words():
+    prompt, tokens = randn(2, 6, 3), randn(2, 2, 3, seed=1)
+    got = append(prompt, tokens, torch.tensor([2, 4]))
+    assert torch.equal(got[0, 2:4], tokens[0]) and torch.equal(got[1, 4:6], tokens[1])
+    assert torch.equal(got[0, :2], prompt[0, :2]) and torch.equal(got[0, 4:], prompt[0, 4:])
 
 
-# ---------------------------------------------------------------------------------------------- networks
+# --- networks -------------------------------------------------------------------------------------
 
-def test_the_tiny_raft_is_the_one_of_flowloss_word_for_word():
-    def copy(script):
-        text = inspect.getsource(script)
-        start = text.index("-- tiny RAFT\n")
-        return text[start:text.index("\n# ----", start)].replace("RAFT\n\n", "RAFT\n").rstrip()
-    assert copy(motionprompt) == copy(flowloss) and len(copy(flowloss).splitlines()) > 70
-
-
-def test_appended_tokens_take_the_last_places_and_reach_every_place_of_the_text():
-    torch.manual_seed(0)
-    net = motionprompt.TextEncoder(9, 6, 32)
-    prompt = net.words(torch.tensor([[1, 2, 3, 0, 0, 0]]))
-    T = prompt[:, -2:].clone()
-    torch.testing.assert_close(net(prompt, T), net(prompt))  # the empty word appended is nothing appended
-    changed = (net(prompt, T + 1) - net(prompt)).abs().amax(2)[0]
-    assert (changed > 0).all()
+def section(script, name):
+    text = inspect.getsource(script)
+    start = text.index(f"# ---------------------------------------- {name}\n")
+    end = text.index("\n# ----", start + 1)
+    return text[start:end].rstrip()
 
 
-def test_spread_moves_the_word_of_quality_over_the_free_places_and_nothing_else():
-    text = torch.tensor([[1, 2, 3, 4, 5, 9, 0, 0, 0], [1, 2, 3, 4, 5, 0, 0, 0, 0]]).repeat(300, 1)
-    moved = motionprompt.spread(text, torch.Generator().manual_seed(0))
-    assert torch.equal(moved[:, :5], text[:, :5]) and moved[1::2, 5:].eq(0).all()
-    where = (moved[::2, 5:] == 9)
-    assert where.sum(1).eq(1).all() and (where.float().mean(0) - 1 / 4).abs().max() < 0.08
-    assert (moved[::2, 5:].sum(1) == 9).all()
+def test_the_copies_are_word_for_word_the_same():
+    raft = section(flowloss, "tiny RAFT")
+    assert section(motionprompt, "tiny RAFT") == raft and len(raft.splitlines()) > 70
+    network = section(flowmo, "network: text to video").split("\ndef build")[0].rstrip()
+    copied = section(motionprompt, "network: text to video")
+    assert copied == network and len(network.splitlines()) > 100
 
 
 def test_the_discriminator_tells_flows_that_differ_from_flows_that_do_not():
     def accuracy(shift):
         torch.manual_seed(0)
         net = motionprompt.Discriminator(16)
-        optimiser = torch.optim.AdamW(net.parameters(), 1e-3)
-        draw = lambda k: (randn(32, 2, 1, 1, seed=k) + 0.1 * randn(32, 2, 16, 16, seed=k + 5000),
-                          randn(32, 2, 1, 1, seed=k + 7000) + (0.1 + shift) * randn(32, 2, 16, 16, seed=k + 9000))
+        optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+
+        def draw(k):
+            real = randn(32, 2, 1, 1, seed=k) + 0.1 * randn(32, 2, 16, 16, seed=k + 5000)
+            rough = (0.1 + shift) * randn(32, 2, 16, 16, seed=k + 9000)
+            return real, randn(32, 2, 1, 1, seed=k + 7000) + rough
+
         for k in range(40):
             real, fake = draw(k)
             loss = -(F.logsigmoid(net(real)).mean() + F.logsigmoid(-net(fake)).mean())
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
         real, fake = draw(4000)
         return ((net(real) > 0).float().mean() + (net(fake) <= 0).float().mean()).item() / 2
+
     assert accuracy(1.0) > 0.9 and abs(accuracy(0.0) - 0.5) < 0.2
 
 
-def test_a_large_vit_sees_the_flow_as_an_image_and_passes_gradients_on(run, monkeypatch):
-    seen = []
-    large = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 1000))
-    large.register_forward_hook(lambda m, args, out: seen.append(args[0]))
-    flow = randn(5, 2, 16, 16).requires_grad_()
-    logit = motionprompt.Discriminator(16, large)(flow)
-    assert logit.shape == (5,) and seen[0].shape == (5, 3, 224, 224) and (seen[0][:, 2] == 0).all()
-    assert torch.autograd.grad(logit.sum(), flow)[0].abs().sum() > 0
-
-    def offline(weights):
-        raise OSError("no network")
-    monkeypatch.setattr(torchvision.models, "vit_b_16", offline)
-    status, _, err = run("--vit", "vit_b_16")
-    assert status == 2 and "--vit vit_b_16: its weights cannot be downloaded (no network); use --vit tiny" in err
-
-
 def test_flow_of_small_clips_is_in_their_own_pixels():
-    estimate = motionprompt.estimator(lambda a, b, updates: torch.full_like(a[:, :2], 3.0), 16)
-    assert torch.equal(estimate(randn(1, 3, 16, 16), randn(1, 3, 16, 16)), torch.full((1, 2, 16, 16), 1.5))
+    estimate = motionprompt.estimator(lambda a, b: torch.full_like(a[:, :2], 3.0), 16)
+    flow = estimate(randn(1, 3, 16, 16), randn(1, 3, 16, 16))
+    assert torch.equal(flow, torch.full((1, 2, 16, 16), 1.5))
 
 
-# ---------------------------------------------------------------------------------------------- metrics
-
-def test_consistency_is_one_for_a_shape_that_moves_and_falls_when_it_changes_or_the_background_flickers():
-    clips = [common.sprites(common.world_rng(0, "test", k), 32, 8) for k in range(300)]
-    video, flaw = torch.stack([c["video"] for c in clips]), [c["flaw"] for c in clips]
-    subject, ground = common.consistency(video)
-    of = lambda x, kind: x[torch.tensor([f == kind for f in flaw])].mean().item()
-    assert of(subject, "") > 0.95 and of(subject, "changes") < of(subject, "") - 0.05
-    assert of(subject, "flickers") < of(subject, "") - 0.05 and of(ground, "") > 0.8
-    noisy = (video.float() + 20 * randn(*video.shape)).clamp(0, 255).to(torch.uint8)
-    assert (common.consistency(noisy)[1] < ground - 0.05).float().mean() > 0.95
-
-
-def test_a_calibrated_score_is_the_share_of_real_ones():
-    p = torch.rand(20000, generator=torch.Generator().manual_seed(0))
-    real = torch.rand(20000, generator=torch.Generator().manual_seed(1)) < p
-    for phi, share in common.calibration(p[real], p[~real]):
-        assert phi == pytest.approx(share, abs=0.03)
+def test_turned_flow_is_the_flow_of_turned_clips():
+    """The target of every pixel, moved with the picture, is where the turned flow points."""
+    column, row = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="xy")
+    grid = torch.stack([column, row])  # (2, 4, 4)
+    flow = randn(1, 2, 4, 4)
+    seen = set()
+    for seed in range(30):
+        turned = motionprompt.turn(flow, torch.Generator().manual_seed(seed))
+        place = motionprompt.turn(grid[None] - 1.5, torch.Generator().manual_seed(seed))[0]
+        # place[:, y, x] holds, turned as a vector, where pixel (x, y) came from: its own place again
+        torch.testing.assert_close(place, grid - 1.5)
+        sizes = turned.square().sum(1).flatten().sort().values
+        torch.testing.assert_close(sizes, flow.square().sum(1).flatten().sort().values)
+        seen.add(tuple(turned.flatten().tolist()))
+    assert len(seen) == 8
 
 
-# ---------------------------------------------------------------------------------------------- end to end
+# --- end to end -----------------------------------------------------------------------------------
 
 @pytest.fixture
 def run(runner):
     return runner(motionprompt)
 
 
-CLOCK = ("s_per_video", "cost_ratio")
-numbers = lambda folder: [{k: v for k, v in r.items() if k not in CLOCK}
-                          for r in json.loads((folder / "results.json").read_text())["rows"]]
+FEW = ["--prompts", 4, "--steps", 4, "--guided", "1-2", "--device", "cpu"]
 
 
-def test_a_run_writes_all_and_repeats_its_numbers(run, tmp_path):
-    status, text, err = run("--out_dir", "a", "--methods", "all")
+def test_without_train_it_samples_with_the_shipped_models_again_and_again(run):
+    status, text, err = run(*FEW, tiny=False)
     assert status == 0, err
-    files = "config.json log.csv ckpt.pt samples.gif sheet.png curves.png results.json"
-    assert {p.name for p in (tmp_path / "a").iterdir()} == set(files.split())
-    rows = numbers(tmp_path / "a")
-    assert [r["method"] for r in rows] == list(motionprompt.METHODS)
-    keys = ("method n K lr coherent coherent_ci subject_consistency background_consistency flicker motion_smoothness "
-            "dynamic_degree prompt_acc disc_score peak_mb evaluations seed")
-    assert set(keys.split()) <= rows[0].keys()
-    assert run("--out_dir", "a", "--methods", "base,words", "--eval_only")[0] == 0
-    for row, before in zip(numbers(tmp_path / "a"), rows):
-        same = row.keys() - {"coherent_ci_words", "coherent_ci_random"}  # compared with what was not sampled now
-        assert {k: row[k] for k in same} == {k: before[k] for k in same}
+    assert "models/sprites.pt" in text and "models/motionprompt.pt" in text
+    assert "sigma" in text
+    out = Path("out/motionprompt-sprites-procedural")
+    assert content(out).keys() == set("config.json results.json samples.gif sheet.png".split())
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == list(motionprompt.METHODS.values())
+    assert [row["evaluations"] for row in rows] == [4, 4, 4 + 2 * 3, 4]
+    assert run(*FEW, "--K", 0, tiny=False)[0] == 0  # mere samples may be overwritten
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert rows[1]["coherent"] == rows[2]["coherent"] and rows[2]["over_words"] == [0, 0, 0]
 
 
-def test_tokens_are_in_the_text_at_the_guided_steps_alone(run, tmp_path, monkeypatch):
-    given, encode = [], motionprompt.TextEncoder.forward
-    monkeypatch.setattr(motionprompt.TextEncoder, "forward",
-                        lambda self, p, T=None: given.append(T is not None) or encode(self, p, T))
-    for guided in ("", "1,3"):
-        assert run("--methods", "words", "--out_dir", guided or "half", "--guided", guided)[0] == 0
-        assert given[-4:] == [guided == "", True, False, guided != ""]
-    status, _, err = run("--guided", "2-9")
-    assert status == 2 and "--guided 2-9: must be steps from 0 to 3" in err
-
-
-def test_without_optimisation_the_tokens_are_the_words(run, tmp_path):
-    assert run("--K", 0, "--methods", "words,motionprompt,random")[0] == 0
-    rows = numbers(tmp_path / "out" / "motionprompt-sprites-procedural")
-    same = [{k: v for k, v in r.items() if k != "method" and not k.startswith("coherent_ci")} for r in rows]
-    assert same[0] == same[2] and rows[1]["evaluations"] == rows[0]["evaluations"]
+def test_a_prompt_becomes_one_gif_and_unknown_words_are_named(run):
+    flags = ["--guided", "1-2", "--steps", 4]
+    status, text, err = run("--prompt", "A red circle moving left", *flags, tiny=False)
+    assert status == 0 and "wrote out/motionprompt-prompt.gif" in text, err
+    with Image.open("out/motionprompt-prompt.gif") as image:
+        assert image.n_frames > 1
+    refused(run("--prompt", "a purple circle", tiny=False), "does not know 'purple'", "yellow")
+    refused(run("--tokens", "smooth", tiny=False), "--tokens 'smooth'", "does not know", "authentic")
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--methods best", "--methods best: 'best' is unknown"), ("--methods base,random", "name that one before it"),
-    ("--tokens sharp", "--tokens sharp: 'sharp' is in no caption"), ("--tokens a,a,a,a", "at most 3 words"),
-    ("--gap 6", "--gap 6: must be below --frames 6"),
-    ("--clips 3", "3 training clips: the discriminator needs 4"), ("--size 18", "--size 18"),
-    ("--lr -1", "--lr -1.0: must lie between"),
-    ("--dataset nowhere", "no clips found: looked in data/nowhere"), ("--eval_only", "nothing to continue")])
+    ("--guided x", "--guided x: must be steps"), ("--gap 8", "--gap 8: must be below"),
+    ("--size 18", "--size 18: must be a multiple of 4"),
+    ("--size 32", "--size 32: the model in"), ("--frames 6", "--frames 6: the model in"),
+    ("--tokens authentic,steady,shaky", "one to 2 words"), ("--tokens ...", "one to 2 words"),
+    ("--prompt x", "leave --train out"),
+    ("--dataset nowhere", "no clips found: looked in data/nowhere"),
+    ("--dataset sky", "has no captions"), ("--eval_only", "nothing to continue"),
+    ("--disc x.pt", "leave one of them out"), ("--model x.pt", "x.pt is not there")])
 def test_bad_input_is_one_clear_line_and_exit_status_2(run, tmp_path, flags, says):
-    status, _, err = run(*flags.split())
-    assert status == 2 and says in err and err.count("\n") == 1 and not list(tmp_path.rglob("*.pt"))
+    refused(run(*flags.split()), says)
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+# --- the shipped models ---------------------------------------------------------------------------
+
+def test_the_shipped_raft_sees_motion_and_the_discriminator_tells_steady_from_flawed():
+    path = motionprompt.MODELS / "motionprompt.pt"
+    assert path.stat().st_size < 1e6
+    saved = common.load_checkpoint(path, "motionprompt")
+    assert saved["made"].keys() >= {"command", "commit", "steps", "minutes", "machine"}
+    cfg = motionprompt.Config(**saved["config"])
+    raft, disc = motionprompt.load_disc(cfg, path, torch.device("cpu"))
+    estimate = motionprompt.estimator(raft, 16)
+
+    clips = [common.sprites(common.world_rng(5, "test", k), 16, 8, flow=True) for k in range(60)]
+    steady = torch.tensor([not clip["flaw"] for clip in clips])
+    video = torch.stack([clip["video"] for clip in clips])
+    truth = torch.stack([clip["flow"][2] for clip in clips])[steady]
+    frames = common.to_float(video[steady])
+    moving = truth.square().sum(1) > 0.06
+    error = (estimate(frames[:, 2], frames[:, 3]) - truth).norm(dim=1)[moving].mean()
+    assert error < 0.5 * truth.norm(dim=1)[moving].mean()
+
+    rng = torch.Generator().manual_seed(0)
+    flow = motionprompt.flow_of_clips(cfg, video, estimate, rng, pairs=8)
+    phi = disc(flow).sigmoid().view(len(video), 8).mean(1)
+    auc = (phi[steady][:, None] > phi[~steady]).float().mean()
+    assert auc > 0.75

@@ -1,27 +1,20 @@
-"""The README's recipes, run as they are printed against pipelines of diffusers with tiny random weights."""
-import re
-from pathlib import Path
+"""recipes.py against pipelines of diffusers with tiny random weights."""
+import copy
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import flowmo
 import motionprompt
+from conftest import ROOT
+import recipes
 from flowloss import TinyRAFT
 
 diffusers = pytest.importorskip("diffusers", reason="the recipes need: pip install diffusers transformers")
 transformers = pytest.importorskip("transformers", reason="the recipes need: pip install diffusers transformers")
-README = (Path(__file__).parents[1] / "README.md").read_text()
-
-
-def recipe(paper, change=lambda source: source):
-    """What the README's recipe of that paper defines."""
-    source, = re.findall(rf"```python\n(# {paper} [^\n]*diffusers.*?)```", README, re.S)
-    lines = [line for line in source.splitlines() if line.strip() and not line.startswith("#")]
-    assert len(lines) <= 25 and max(map(len, lines)) <= 120
-    space = {}
-    exec(compile(change(source), f"README.md, {paper}", "exec"), space)
-    return space
 
 
 def tokenizer(words):
@@ -55,39 +48,93 @@ def wan():
     return WanPipeline(tokenizer=tokenizer(words), text_encoder=text, vae=vae, transformer=net, scheduler=plan)
 
 
-def wan_run(wan, space, guided, eta=0.05):
+def wan_run(wan, monkeypatch, guided, eta=0.05, **more):
     """What the scheduler makes of every step, and the loss before and after every guided one."""
-    after, losses, step, guide = [], [], wan.scheduler.step, flowmo.flowmo_step
+    after, losses, step = [], [], wan.scheduler.step
+
     def watched(z, velocity, eta):
-        z2, u = guide(z, velocity, eta)
+        moved, u = flowmo.flowmo_step(z, velocity, eta)
         with torch.no_grad():
             losses.append((flowmo.flowmo_loss(velocity(z)).item(), flowmo.flowmo_loss(u).item()))
-        return z2, u
+        return moved, u
+
     def noted(*args, **named):
         after.append(step(*args, **named)[0])
         return after[-1:]
-    space["flowmo_step"], wan.scheduler.step = watched, noted
-    try:
-        video = space["wan_flowmo"](wan, "a red circle moving left", guided=guided, eta=eta, steps=6, size=(17, 32, 32))
-    finally:
-        del wan.scheduler.step
+
+    with monkeypatch.context() as m:
+        m.setattr(recipes, "flowmo_step", watched)
+        m.setattr(wan.scheduler, "step", noted)
+        video = recipes.wan_flowmo(wan, "a red circle moving left", guided=guided, eta=eta, steps=6,
+                                   size=(17, 32, 32), **more)
     return video, after, losses
 
 
-def test_flowmo_in_wan_lowers_its_loss(wan):
-    video, after, losses = wan_run(wan, recipe("FlowMo"), range(3), 0.005)
+def test_flowmo_in_wan_lowers_its_loss(wan, monkeypatch):
+    video, after, losses = wan_run(wan, monkeypatch, range(3), 0.005)
     assert video.shape == (1, 3, 17, 32, 32) and video.isfinite().all() and len(after) == 6
     assert len(losses) == 3 and all(b < a for a, b in losses)
     assert not gradients(wan.transformer)
 
 
-def test_without_the_reset_unipc_undoes_flowmo(wan):
-    reset, moved = "scheduler.last_sample, scheduler.lower_order_nums = None, 0", []
-    for change in (lambda s: s, lambda s: s.replace(reset, "pass")):
-        plain, guided = (wan_run(wan, recipe("FlowMo", change), [2], eta)[1] for eta in (0.0, 0.05))
+def test_checkpointing_in_wan_gives_the_same_video(wan, monkeypatch):
+    plain = wan_run(wan, monkeypatch, range(2))[0]
+    wan.transformer.gradient_checkpointing = False
+    torch.testing.assert_close(wan_run(wan, monkeypatch, range(2), checkpointing=True)[0], plain)
+    assert wan.transformer.is_gradient_checkpointing
+    wan.transformer.disable_gradient_checkpointing()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_flowmo_in_wan_in_half_precision(wan, monkeypatch, dtype):
+    half = copy.deepcopy(wan.transformer).to(dtype)
+    with monkeypatch.context() as m:
+        m.setattr(wan, "transformer", half)
+        video, _, losses = wan_run(wan, monkeypatch, range(3), 0.005)
+    assert video.isfinite().all() and losses[0][1] < losses[0][0]
+
+
+def test_without_the_reset_unipc_undoes_flowmo(wan, monkeypatch):
+    class Stubborn(type(wan.scheduler)):  # nobody makes it forget
+        last_sample = property(lambda self: self.kept, lambda self, value: self.keep(value))
+
+        def keep(self, value):
+            if value is not None or not hasattr(self, "kept"):
+                self.kept = value
+
+    moved = []
+    for stubborn in (False, True):
+        with monkeypatch.context() as m:
+            if stubborn:
+                m.setattr(wan, "scheduler", Stubborn.from_config(wan.scheduler.config))
+            plain, guided = (wan_run(wan, m, [2], eta)[1] for eta in (0.0, 0.05))
         assert torch.equal(guided[1], plain[1])
         moved.append((guided[2] - plain[2]).abs().mean().item())
-    assert 0.04 < moved[0] < 0.06 and moved[1] < 0.25 * moved[0]  # what remains comes from u alone
+    assert 0.04 < moved[0] < 0.06 and moved[1] < 0.5 * moved[0]  # what remains comes from u alone
+
+
+def test_flowmo_in_wans_image_to_video(wan, monkeypatch):
+    from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+    from diffusers.pipelines.wan import pipeline_wan_i2v
+    no_mending = SimpleNamespace(fix_text=lambda text: text)  # ftfy, which may not be installed
+    monkeypatch.setattr(pipeline_wan_i2v, "ftfy", no_mending, raising=False)
+    torch.manual_seed(0)
+    net = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=36, out_channels=16, text_dim=16,
+        freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32, image_dim=16)
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16, projection_dim=16, num_hidden_layers=2, num_attention_heads=2,
+        image_size=224, patch_size=56, intermediate_size=16)
+    pipe = WanImageToVideoPipeline(
+        tokenizer=wan.tokenizer, text_encoder=wan.text_encoder, vae=wan.vae, transformer=net,
+        scheduler=wan.scheduler, image_encoder=transformers.CLIPVisionModel(config).eval(),
+        image_processor=transformers.CLIPImageProcessor())
+    images = moving(1, 1)[:, :, 0], -moving(1, 1)[:, :, 0]
+    made = [wan_run(pipe, monkeypatch, range(2), 0.005, image=image) for image in images]
+    for video, _, losses in made:
+        assert video.shape == (1, 3, 17, 32, 32) and video.isfinite().all()
+        assert len(losses) == 2 and all(b < a for a, b in losses)
+    assert not torch.allclose(made[0][0], made[1][0], atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------ FlowLoss in SVD
@@ -117,16 +164,16 @@ def moving(B=2, T=4, size=32):
     return video
 
 
-def test_flowloss_in_svd_decodes_only_what_the_gate_lets_through(svd):
-    space, raft, decoded, decode = recipe("FlowLoss"), TinyRAFT().requires_grad_(False), [], svd.vae.decode
-    levels, gate = [], space["gate"]
-    space["gate"] = lambda sigma, psi: levels.append(sigma) or gate(sigma, psi)
+def test_flowloss_in_svd_decodes_only_what_the_gate_lets_through(svd, monkeypatch):
+    raft, decoded, decode = TinyRAFT().requires_grad_(False), [], svd.vae.decode
+    levels, gate = [], recipes.gate
+    monkeypatch.setattr(recipes, "gate", lambda sigma, psi: levels.append(sigma) or gate(sigma, psi))
     svd.vae.decode = lambda z, **named: decoded.append(len(z)) or decode(z, **named)
     def of(psi, scale=0.1):
         decoded.clear()
         svd.unet.zero_grad()
         torch.manual_seed(3)
-        value = space["svd_loss"](svd, moving(), raft, psi=psi, scale=scale)
+        value = recipes.svd_loss(svd, moving(), raft, psi=psi, scale=scale)
         value.backward()
         return value.item(), svd.unet.conv_in.weight.grad.clone(), sum(decoded)
     closed, both = of(1e-9), of(1e9)
@@ -138,11 +185,11 @@ def test_flowloss_in_svd_decodes_only_what_the_gate_lets_through(svd):
 
 
 def test_flowloss_in_svd_falls(svd):
-    loss, raft = recipe("FlowLoss")["svd_loss"], TinyRAFT().requires_grad_(False)
+    raft = TinyRAFT().requires_grad_(False)
     optimiser, values = torch.optim.AdamW(svd.unet.parameters(), 1e-3), []
     for _ in range(6):
         torch.manual_seed(3)
-        value = loss(svd, moving(), raft, psi=1e9, scale=0.01)
+        value = recipes.svd_loss(svd, moving(), raft, psi=1e9, scale=0.01)
         optimiser.zero_grad()
         value.backward()
         optimiser.step()
@@ -171,26 +218,36 @@ def animatediff():
                                unet=net, motion_adapter=adapter, scheduler=DDIMScheduler(beta_schedule="linear"))
 
 
-def test_motionprompt_in_animatediff_moves_new_tokens_only_and_its_loss_falls(animatediff):
-    space, tokens, logits, plain = recipe("MotionPrompt"), [], [], []
-    def watched(denoise, encode, prompt, start, x, *rest, inner):
-        pairs = lambda B: (torch.tensor([[0]]), torch.tensor([[3]]))  # always the same, so that losses compare
-        assert start.shape == (1, 2, 16)  # two words
-        def noted(ids, T):
-            plain.append(T is None)
-            return encode(ids, T)
-        seen = lambda step, T: tokens.append((T - start).abs().max().item())
-        return motionprompt.motionprompt(denoise, noted, prompt, start, x, *rest[:-1], pairs, inner=inner, watch=seen)
-    space["motionprompt"] = watched
-    table = animatediff.text_encoder.get_input_embeddings().weight.clone()
+def ANIMATE(logits):
     def discriminate(flow):
         logits.append(flow.square().mean((1, 2, 3)))
         return 1e3 * logits[-1]
-    video = space["animate"](animatediff, "a red circle moving", lambda a, b: (b - a)[:, :2], discriminate,
-                             words="authentic steady", K=4, lr=0.05, weights=(1, 0, 0), steps=4, frames=4, size=8)
+
+    return dict(estimate=lambda a, b: (b - a)[:, :2], discriminate=discriminate,
+                words="authentic steady", weights=(1, 0, 0), steps=4, frames=4, size=8)
+
+
+def test_motionprompt_in_animatediff_moves_new_tokens_only_and_its_loss_falls(
+        animatediff, monkeypatch):
+    paths, starts, logits = [], [], []
+
+    def watched(denoise, inner, encode, T0, x, *rest):
+        x, path = motionprompt.motionprompt(denoise, inner, encode, T0, x, *rest)
+        paths.append(path)
+        starts.append(T0)
+        return x, path
+
+    def same_pair(*_):  # so that losses compare
+        return torch.tensor([[0]]), torch.tensor([[3]])
+
+    monkeypatch.setattr(recipes, "motionprompt", watched)
+    monkeypatch.setattr(recipes, "random_pairs", same_pair)
+    table = animatediff.text_encoder.get_input_embeddings().weight.clone()
+    video = recipes.animate(animatediff, "a red circle moving", K=4, lr=0.05, guided=(0, 1),
+                            **ANIMATE(logits))
     assert video.shape == (1, 3, 4, 16, 16) and video.isfinite().all()
-    assert len(tokens) == 2 and min(tokens) > 0.05
-    assert plain == 5 * [False] + 5 * [False] + [True] * 2  # the second half has the plain prompt
+    assert starts[0].shape == (1, 2, 16) and list(paths[0]) == [0, 1]
+    assert all((T - starts[0]).abs().max() > 0.05 for T in paths[0].values())
     steps = torch.cat(logits).view(2, 4)
     assert (steps.diff(dim=1) > 0).all()  # log(1 - phi) falls as the logit rises
     assert torch.equal(table, animatediff.text_encoder.get_input_embeddings().weight)
@@ -198,25 +255,73 @@ def test_motionprompt_in_animatediff_moves_new_tokens_only_and_its_loss_falls(an
     assert not animatediff.text_encoder.get_input_embeddings()._forward_hooks
 
 
+def test_motionprompt_in_animatediff_in_half_precision(animatediff):
+    half = copy.deepcopy(animatediff).to(torch.bfloat16)
+    video = recipes.animate(half, "a red circle moving", K=2, lr=0.05, guided=(1,), **ANIMATE([]))
+    assert video.isfinite().all() and video.dtype == torch.float32
+
+
 # --------------------------------------------------------------------------------------------- Bi-flow with UNet2DModel
 
 def test_biflow_with_unet2dmodel_learns_and_streams():
     torch.manual_seed(0)
-    space = recipe("Bi-flow")
-    nets = space["networks"](sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
+    nets = recipes.networks(sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
                              down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
     frames = moving(4, 2, 16)
     optimiser, values = torch.optim.AdamW(nets.parameters(), 2e-3), []
     for k in range(40):
-        loss = space["training_loss"](nets, frames[:, :, 0], frames[:, :, 1])
+        loss = recipes.training_loss(nets, frames[:, :, 0], frames[:, :, 1])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         values.append(loss.item())
     assert sum(values[-5:]) < 0.6 * sum(values[:5])
-    out = space["video"](nets.eval(), frames[:, :, 0], eps=0.1)
+    out = recipes.stream_video(nets.eval(), frames[:, :, 0], eps=0.1)
     for _ in range(2):
         x, evaluations = next(out)
         assert x.shape == (4, 3, 16, 16) and x.abs().max() <= 1 and (evaluations >= 2).all()
-    a, b = (torch.stack(space["field_of"](nets)(x, torch.ones(4), s * torch.ones(4))) for s in (0, 1))
+    a, b = (torch.stack(recipes.field_of(nets)(x, torch.ones(4), s * torch.ones(4))) for s in (0, 1))
     assert not torch.allclose(a, b)  # the networks know alpha
+
+
+# ---------------------------------------- several processes
+
+def test_two_processes_have_the_gradient_of_one_with_both_batches(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(f"""
+import sys
+import torch
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import biflow
+from recipes import distributed
+
+torch.manual_seed(0)
+net = biflow.UNet(3, 6, 8, [1], 1, 2)
+for p in net.parameters():
+    torch.nn.init.normal_(p, std=0.1)
+x0, x1, noise = torch.randn(3, 4, 3, 8, 8)
+t, alpha = torch.rand(2, 4)
+
+def gradients(module, some):
+    def field(x, t, alpha):
+        return module(x, t, alpha).chunk(2, 1)
+    v, n = biflow.biflow_loss(field, x0[some], x1[some], t[some], alpha[some], noise[some])
+    net.zero_grad()
+    (v + n).mean().backward()
+    return [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+whole = gradients(net, slice(0, 4))
+module = distributed(net)
+rank = torch.distributed.get_rank()
+mine = gradients(module, slice(2 * rank, 2 * rank + 2))
+assert len(mine) == len(whole) > 5 and max(g.abs().max() for g in whole) > 0
+for a, b in zip(mine, whole):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+print("same on", rank)
+torch.distributed.destroy_process_group()
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
+               str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "same on 0" in done.stdout and "same on 1" in done.stdout
