@@ -21,7 +21,7 @@ TINY = {  # flags for a run of seconds
     "flowloss": "--size 24 --frames 8 --width 8 --mults 1,1 --batch 2 --clips 6 --videos 2 "
                 "--steps 2 --train --iters 4 --base_iters 3 --raft_iters 3 --points 2 --psi 3",
     "flowmo": "--frames 6 --width 32 --layers 1 --batch 4 --clips 24 --prompts 4 --steps 4 "
-              "--guided 0-1 --iters 4 --train",
+              "--guided 0-1 --iters 12 --train",
     "motionprompt": "--prompts 4 --steps 4 --guided 1-2 --K 1 --raft_iters 2 --disc_iters 2 "
                     "--fakes 4 --train",
 }

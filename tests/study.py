@@ -1163,14 +1163,14 @@ def motionprompt_words(args):
             gains[word, first] = common.bootstrap(apart)
 
     clips = []
-    for k in range(128):
+    for k in range(args.clips):
         rng = common.world_rng(args.seed, "test", k)
         clips.append(common.sprites(rng, cfg.size, cfg.frames, flow=True, steady=1.0))
     true = torch.stack([clip["flow"] for clip in clips])  # (N, T - 1, 2, H, W)
     moving = true.square().sum(2) > 0.06
     y = to_float(torch.stack([clip["video"] for clip in clips])).transpose(1, 2)
     y = (y - net.mean) / net.std
-    c = net.encode(net.embed(common.to_indices(prompts[:128], words, net.length)))
+    c = net.encode(net.embed(common.to_indices(prompts, words, net.length)))
     estimate = motionprompt.estimator(raft, cfg.size)
     errors = []
     for step in range(cfg.steps):
