@@ -68,7 +68,7 @@ class Config:
     shift: float = opt(1.0, "time grid: 1 is linear; Wan has 5, most steps near noise", 0.01, 100,
                        free=True)
     guidance_scale: float = opt(2.0, "w of guidance by the prompt; 1: none", 0, 100, free=True)
-    guided: str = opt("3-7", "guided steps from 0, ranges with commas between", free=True)
+    guided: str = opt("5-10", "guided steps from 0, ranges with commas between", free=True)
     eta: float = opt(0.05, "how far a guided step moves every element of z", 0, 100, free=True)
     place: int = opt(4, "pixels (squared) that are one place for the loss", 1, 64, free=True)
     iters: int = opt(7000, "--train: steps", 1, 10**8)
@@ -86,7 +86,7 @@ PRESETS = {
     "tiny": {},
     "small": dict(
         iters=8000, batch=64, size=32, frames=16, width=384, layers=8, lr=5e-4, ema=0.999,
-        clips=40000, prompts=256, steps=50, guided="9-24", amp=True,
+        clips=40000, prompts=256, steps=50, guided="16-31", amp=True,
     ),
     "paper": dict(  # its sampling; its own model is Wan 2.1, of 1.3 billion parameters
         iters=100000, batch=64, size=64, frames=16, width=768, layers=12, lr=2e-4, ema=0.9995,
@@ -95,8 +95,8 @@ PRESETS = {
     ),
 }
 
-# The guided steps. The paper guides t = 1 to 0.946 of Wan, we t = 0.81 to 0.56, steps 3 to 7 of 16:
-# a clip of few pixels lets motion be decided, and read, only at less noise.
+# The guided steps. The paper guides t = 1 to 0.946 of Wan, we t = 0.69 to 0.38, steps 5 to 10 of
+# 16: a clip of few pixels lets motion be decided, and read, only at less noise.
 
 # B, C, T, H, W: batch, channels, frames, height, width. z_1: the video, of variance 1; z_0: noise.
 # t: the clock, (B,). c: what the text encoder makes of a caption, (B, L, d).
