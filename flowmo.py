@@ -480,7 +480,7 @@ def film_prompt(cfg, device):
     for method in ("base", "mean"):
         label = METHODS[method]
         videos[label] = generate(cfg, net, words, [cfg.prompt] * 4, noise, method)[0]
-    path = Path(folder or "out") / "flowmo-prompt.gif"
+    path = Path(folder or cfg.out_dir or "out") / "flowmo-prompt.gif"
     common.save_gif(path, videos, width=96, ms=150)
     print(f"wrote {path}")
 

@@ -793,7 +793,7 @@ def film_prompt(cfg, device):
         label = METHODS[method]
         videos[label] = generate(
             cfg, net, words, raft, disc, [cfg.prompt] * 4, noise, method, [])[0]
-    path = Path(folder or "out") / "motionprompt-prompt.gif"
+    path = Path(folder or cfg.out_dir or "out") / "motionprompt-prompt.gif"
     common.save_gif(path, videos, width=96, ms=150)
     print(f"wrote {path}")
 

@@ -1005,7 +1005,7 @@ def flowmo_premise(args):
     for (name, over), by_step in found.items():
         rows.append([f"{name}, {over}", *[f"{auc(torch.cat(v), bad):.2f}" for v in by_step.values()]])
     print(f"{len(bad)} clips, {bad.float().mean():.2f} of them incoherent\n")
-    print(markdown(["AUC at step", *range(cfg.steps)], rows))
+    print(markdown(["AUC at step", *map(str, range(cfg.steps))], rows))
 
 
 def disc_of(args):
@@ -1202,7 +1202,6 @@ def motionprompt_words(args):
     for axis in axes:
         axis.axvspan(window[-1], window[0], color="orange", alpha=0.15)
         axis.set_xscale("log")
-        axis.invert_xaxis()
         axis.legend()
     fig.tight_layout()
     path = ROOT / "assets" / "motionprompt-words.png"
@@ -1277,7 +1276,7 @@ def first_picture(args):
         pair.append(flowloss.generate(base.eval(), to_float(real[:, 0]), made.steps, 0, "robot")[0])
     columns["base / FlowLoss"] = pair
 
-    args.clips = 96
+    args.clips = 48
     mo, net, words, prompts, noise = video_model(args)
     mp, raft, disc = disc_of(args)
     plain = flowmo.generate(mo, net, words, prompts, noise, "base")[0]
