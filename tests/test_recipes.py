@@ -255,8 +255,9 @@ def test_motionprompt_in_animatediff_moves_new_tokens_only_and_its_loss_falls(
     assert not animatediff.text_encoder.get_input_embeddings()._forward_hooks
 
 
-def test_motionprompt_in_animatediff_in_half_precision(animatediff):
-    half = copy.deepcopy(animatediff).to(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_motionprompt_in_animatediff_in_half_precision(animatediff, dtype):
+    half = copy.deepcopy(animatediff).to(dtype)
     video = recipes.animate(half, "a red circle moving", K=2, lr=0.05, guided=(1,), **ANIMATE([]))
     assert video.isfinite().all() and video.dtype == torch.float32
 
