@@ -326,3 +326,18 @@ torch.distributed.destroy_process_group()
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "same on 0" in done.stdout and "same on 1" in done.stdout
+
+
+# ---------------------------------------- torchvision's RAFT
+
+def test_torchvisions_raft_is_an_estimator_with_a_gradient_to_the_pictures_alone():
+    from torchvision.models.optical_flow import raft_small
+    torch.manual_seed(0)
+    raft = raft_small()
+    estimate = recipes.torch_raft(raft)
+    a, b = torch.rand(2, 1, 3, 128, 128).half() * 2 - 1
+    a.requires_grad_()
+    flow = estimate(a, b)
+    assert flow.shape == (1, 2, 128, 128) and flow.dtype == torch.float32
+    flow.square().mean().backward()
+    assert a.grad.isfinite().all() and not gradients(raft)
