@@ -1073,22 +1073,22 @@ def captions_of(clips, dataset):
         found.append(" ".join(caption.split()))
     return found
 
-def check_words(captions, words, some):
+def check_words(captions, words):
     """Says in one line how many words of these captions are not among `words`.
 
-    some: raises Fault if none is.
+    Raises Fault if none is.
     """
     said = set()
     for caption in captions:
         said.update(split_words(caption))
     unknown = said - set(words)
-    if some and unknown == said:
+    if unknown == said:
         raise Fault("the model knows no word of the held-out captions: make one of your clips by "
                     "flowmo.py --train, and name it by --model")
     if unknown:
-        some = ", ".join(sorted(unknown)[:5])
+        first = ", ".join(sorted(unknown)[:5])
         print(f"warning: {len(unknown)} words of held-out captions that training never met are "
-              f"left out: {some}{', ...' if len(unknown) > 5 else ''}", file=sys.stderr)
+              f"left out, as are {first}", file=sys.stderr)
 
 def check_prompt(name, prompt, words, most):
     """That a model knows every word of the flag --name, at most `most`. Raises Fault."""
@@ -1107,13 +1107,13 @@ def guided_steps(cfg):
     steps = set()
     try:
         for part in cfg.guided.split(","):
-            ends = [int(number) for number in part.split("-")]
-            if len(ends) > 2 or ends[0] > ends[-1] or ends[-1] >= cfg.steps:
+            ends = [int(number) for number in part.split("-")]  # one number, or two
+            first = ends[0]
+            last = ends[-1]
+            if len(ends) > 2 or not first <= last < cfg.steps:
                 raise ValueError
-            steps.update(range(ends[0], ends[-1] + 1))
-    except ValueError:
-        steps = {-1}
-    if not steps <= set(range(cfg.steps)):
+            steps.update(range(first, last + 1))
+    except ValueError:  # of int(), too
         raise Fault(f"--guided {cfg.guided}: must be steps from 0 to {cfg.steps - 1} and ranges "
                     "of them, as in 0-3,6")
     return steps
@@ -1225,10 +1225,11 @@ def open_run(script, cfg, train, test, trained=True):
     if train.paths is None:
         name += "-procedural"
     out = Path(cfg.out_dir or f"out/{name}")
-    there = (out / "config.json").exists() or (out / "ckpt.pt").exists()
-    if there and not trained and not (out / "ckpt.pt").exists():
-        there = read_config(out, script)["config"]["train"]
-    if there:
+    has_config = (out / "config.json").exists()
+    has_run = has_config or (out / "ckpt.pt").exists()
+    if has_config and not trained and not (out / "ckpt.pt").exists():
+        has_run = read_config(out, script)["config"]["train"]  # else there are mere samples
+    if has_run:
         raise Fault(f"{out} holds an earlier run: --resume continues it, --eval_only evaluates it "
                     "again, --out_dir names another folder")
     made = dict(script=script, format=FORMAT, config=asdict(cfg), data=data_record(train, test))

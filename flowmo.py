@@ -19,8 +19,8 @@ paper, and for the loss in a later version of its code; Eqs. 5 and 6 are left ou
 and a sampler's step that is misprinted. A place of a latent is 8x8 pixels; here 4x4 are one.
 
     python flowmo.py                                    # 2 minutes on two cores
-    python flowmo.py --prompt "a red circle moving left"  # one gif, without and with FlowMo
-    python flowmo.py --train --out_dir out/new          # make the shipped model anew: 30 minutes
+    python flowmo.py --prompt "a red circle moving up"  # one gif, without and with FlowMo's mean
+    python flowmo.py --train --preset tiny              # the shipped model anew: 30 minutes
 
 The first samples prompts from the same noise without guidance, with a random step as large, with
 FlowMo, and with its mean over places (an ablation of the paper), and prints how many clips move as
@@ -154,7 +154,10 @@ def as_places(u, pixels):
     return F.pixel_unshuffle(u.transpose(1, 2), pixels).transpose(1, 2)
 
 def prompted(network, c, c_0, guidance_scale):
-    """velocity(z, t (B,)) -> u with a prompt, both passes in one batch; c_0 (1, L, d): of none."""
+    """velocity(z, t (B,)) -> u: guidance by the prompt, its two passes in one batch.
+
+    network(z, t, c) -> u; c (B, L, d) encodes the prompts, c_0 (1, L, d) an empty one.
+    """
     def velocity(z, t):
         both = torch.cat([c, c_0.expand_as(c)])
         u_P, u_0 = network(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
@@ -282,11 +285,11 @@ class TextToVideo(nn.Module):
 
     def forward(self, z, t, c):
         # Ours: around the network stands the best linear guess of u, for data of variance 1.
-        total = like((t**2 + (1 - t) ** 2).sqrt(), z)
+        total = like((t**2 + (1 - t) ** 2).sqrt(), z)  # the deviation of z, (B, 1, 1, 1, 1)
         x = (z / total).transpose(1, 2)  # (B, T, 3, H, W)
         x = F.pixel_unshuffle(x, 2).transpose(1, 2)  # (B, 12, T, H/2, W/2)
-        w = torch.exp(torch.linspace(0, math.log(200), self.d // 2, device=z.device))
-        angle = w * t[:, None]
+        frequency = torch.linspace(0, math.log(200), self.d // 2, device=z.device).exp()
+        angle = frequency * t[:, None]  # (B, d / 2)
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.amp):
             said = self.sentence(c.flatten(1))  # (B, d)
             emb = self.clock(torch.cat([angle.sin(), angle.cos()], 1)) + said
@@ -337,7 +340,7 @@ def move_last_word(text, rng):
     return moved
 
 def train(cfg, clips, captions, out, device):
-    """The text-to-video model, as flow matching. Returns its averaged weights, its words."""
+    """The text-to-video model, as flow matching. Returns it, of averaged weights, and its words."""
     said = [common.split_words(caption) for caption in captions]
     words = sorted(set().union(*said))
     length = max(len(s) for s in said) + FREE
@@ -350,10 +353,15 @@ def train(cfg, clips, captions, out, device):
     net.std.fill_(some.std())
     average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
 
-    slow = [*net.embed.parameters(), *net.text.parameters(), net.order]
-    quick = [p for p in net.parameters() if all(p is not other for other in slow)]
-    optimizer = torch.optim.AdamW([  # a tenth for text, or words move faster than they are learned
-        dict(params=quick, factor=1.0), dict(params=slow, factor=0.1)], betas=(0.9, 0.98))
+    slow = []  # text has a tenth of the rate, or words move faster than they are learned
+    quick = []
+    for name, p in net.named_parameters():
+        if name.split(".")[0] in ("embed", "order", "text"):
+            slow.append(p)
+        else:
+            quick.append(p)
+    groups = [dict(params=quick, factor=1.0), dict(params=slow, factor=0.1)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
     saved = common.restore(
         out / "ckpt.pt", "flowmo", cfg, net=net, average=average, optimizer=optimizer)
     if saved.get("words", words) != words:
@@ -369,7 +377,8 @@ def train(cfg, clips, captions, out, device):
         z_1 = (to_float(frames.to(device)).transpose(1, 2) - net.mean) / net.std  # (B, 3, T, H, W)
         t, z_0, stays = draw(cfg, step, z_1)
         z = like(1 - t, z_1) * z_1 + like(t, z_1) * z_0  # Eq. 1
-        said = move_last_word(text[batches.where(step - 1)[0]], make_rng(cfg.seed, 2, step)) * stays
+        clip, _ = batches.where(step - 1)  # which clips these are
+        said = move_last_word(text[clip], make_rng(cfg.seed, 2, step)) * stays  # (B, L)
         c = net.encode(net.embed(said.to(device)))
         loss = flow_matching_loss(net(z, t, c), z_1, z_0, t).mean()
 
@@ -536,6 +545,8 @@ def main():
         cfg.dataset, cfg.data_dir, cfg.size, counts, cfg.frames, cfg.seed, min_frames=cfg.frames)
     captions = common.captions_of(train_clips, cfg.dataset)
     test_captions = common.captions_of(test_clips, cfg.dataset)
+    if not trains:
+        common.check_words(test_captions, words)
     out = common.open_run("flowmo", cfg, train_clips, test_clips, trained=cfg.train)
     print(f"preset {cfg.preset} on {device}, {len(train_clips)} + {len(test_clips)} {source} clips")
 
@@ -544,7 +555,6 @@ def main():
     net.eval().requires_grad_(False)
     if cfg.compile:
         net.compile()
-    common.check_words(test_captions, words, some=not trains)
     if source == "procedural":
         test_captions = [common.strip_quality_words(caption) for caption in test_captions]
     prompts = [test_captions[k % len(test_captions)] for k in range(cfg.prompts)]

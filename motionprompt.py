@@ -20,9 +20,9 @@ flow matching and read here as EDM's denoiser:
 
     t = sigma / (1 + sigma)     z = x / (1 + sigma)     D(x; sigma) = z - t u(z, t)
 
-    python motionprompt.py                                        # 4 minutes on two cores
-    python motionprompt.py --prompt "a red circle moving left"    # one gif, with and without
-    python motionprompt.py --train --out_dir out/new              # RAFT and discriminator anew
+    python motionprompt.py                                    # 4 minutes on two cores
+    python motionprompt.py --prompt "a red circle moving up"  # one gif, without and with it
+    python motionprompt.py --train --preset tiny              # RAFT and discriminator anew
 
 The first samples prompts from the same noise without a token, with the word, with MotionPrompt, and
 with tokens moved as far at random, and prints how many clips move as one thing, which tracking the
@@ -164,11 +164,11 @@ def optimise_tokens(T, denoise, encode, loss, x, sigma, K, lr):
     return T.detach()
 
 def euler_step(denoise, x, sigma, then, c):
-    """From noise level sigma (B,) to `then`. EDM Eq. 3."""
+    """x (B, ...) from noise level sigma (B,) to `then`, a number or (B,). EDM Eq. 3."""
     with torch.no_grad():
         D = denoise(x, sigma, c)
-    d = (x - D) / like(sigma, x)
-    return x + like(then - sigma, x) * d
+    slope = (x - D) / like(sigma, x)  # dx / dsigma
+    return x + like(then - sigma, x) * slope
 
 def motionprompt(denoise, inner, encode, T0, x, sigmas, guided, loss, K=3, lr=0.2):
     """Sampling with tokens that are optimised on the way. Source: MotionPrompt.
@@ -214,7 +214,7 @@ def as_edm(u):
     return denoise
 
 def prompted(denoise, c_0, guidance_scale):
-    """D_0 + w (D_P - D_0), both in one batch; c_0 (1, L, d): no prompt."""
+    """D_0 + w (D_P - D_0), both in one batch; c_0 (1, L, d) encodes an empty prompt."""
     def guided_denoise(x, sigma, c):
         both = torch.cat([c, c_0.expand_as(c)])
         D_P, D_0 = denoise(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
@@ -442,11 +442,11 @@ class TextToVideo(nn.Module):
 
     def forward(self, z, t, c):
         # Ours: around the network stands the best linear guess of u, for data of variance 1.
-        total = like((t**2 + (1 - t) ** 2).sqrt(), z)
+        total = like((t**2 + (1 - t) ** 2).sqrt(), z)  # the deviation of z, (B, 1, 1, 1, 1)
         x = (z / total).transpose(1, 2)  # (B, T, 3, H, W)
         x = F.pixel_unshuffle(x, 2).transpose(1, 2)  # (B, 12, T, H/2, W/2)
-        w = torch.exp(torch.linspace(0, math.log(200), self.d // 2, device=z.device))
-        angle = w * t[:, None]
+        frequency = torch.linspace(0, math.log(200), self.d // 2, device=z.device).exp()
+        angle = frequency * t[:, None]  # (B, d / 2)
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.amp):
             said = self.sentence(c.flatten(1))  # (B, d)
             emb = self.clock(torch.cat([angle.sin(), angle.cos()], 1)) + said
@@ -579,15 +579,15 @@ def turn(flow, rng):
         flow = flow.transpose(2, 3).flip(1)
     return flow
 
-def flow_of_clips(cfg, clips, estimate, rng, pairs=1):
-    """Flow of random pairs of frames of clips uint8 (N, T, 3, H, W), under noise: (N pairs, ...).
+def flow_of_clips(cfg, clips, estimate, rng):
+    """Flow of a random pair of frames of clips uint8 (N, T, 3, H, W), noisy: (N, 2, H, W).
 
     Paper silent: the discriminator judges flow of estimates, which are not clean, so it is trained
     on flow of clips that are not clean either.
     """
     video = to_float(clips).transpose(1, 2)  # (N, 3, T, H, W)
     n = torch.randn(video.shape, generator=rng).to(video.device)
-    i, j = random_pairs(len(video), cfg.frames, pairs, cfg.gap, rng)
+    i, j = random_pairs(len(video), cfg.frames, 1, cfg.gap, rng)
     with torch.no_grad():
         return flow_of_pairs(video + cfg.noise * n, i, j, nn.Identity(), estimate)
 
@@ -712,7 +712,8 @@ def generate(cfg, net, words, raft, disc, prompts, noise, method, paths):
     n = len(common.split_words(cfg.tokens))
     start = common.to_indices([cfg.tokens], words, n).to(device)
     text = common.to_indices(prompts, words, net.length - n).to(device)
-    text = F.pad(text, (0, n))  # room for the tokens
+    text = F.pad(text, (0, n))  # (N, L): room for the tokens
+    ends = (text > 0).sum(1)  # (N,): how many words
     sigmas = levels(cfg)
     guided = common.guided_steps(cfg) if method != "base" else set()
     K = cfg.K if method == "motionprompt" else 0
@@ -736,11 +737,12 @@ def generate(cfg, net, words, raft, disc, prompts, noise, method, paths):
     began = time.perf_counter()
     for a in tqdm(range(0, len(noise), 32), f"sampling, {METHODS[method]}", leave=False):
         some = text[a:a + 32]
+        some_ends = ends[a:a + 32]
 
         def encode(tokens):
             prompt = net.embed(some)
             if tokens is not None:
-                prompt = append(prompt, tokens, (some > 0).sum(1))
+                prompt = append(prompt, tokens, some_ends)
             return net.encode(prompt)
 
         inner = common.counted(as_edm(net))
@@ -841,6 +843,7 @@ def main():
         **world)
     captions = common.captions_of(train_clips, cfg.dataset)
     test_captions = common.captions_of(test_clips, cfg.dataset)
+    common.check_words(test_captions, words)
     if source == "procedural":
         captions = [common.strip_quality_words(caption) for caption in captions]
         test_captions = [common.strip_quality_words(caption) for caption in test_captions]
@@ -855,7 +858,6 @@ def main():
         asked = [captions[k % len(captions)] for k in range(cfg.fakes)]
         fake = make_fakes(cfg, net, words, asked, device)
         disc = train_discriminator(cfg, raft, real, fake, out, device)
-    common.check_words(test_captions, words, some=True)
     prompts = [test_captions[k % len(test_captions)] for k in range(cfg.prompts)]
     rows, videos = evaluate(cfg, net, words, raft, disc, prompts, source == "procedural")
     dataset = dict(name=cfg.dataset, source=source, clips=[len(train_clips), len(test_clips)])
