@@ -85,7 +85,8 @@ def parse_args(script, Config, presets, doc, argv=None):
     else:
         preset = given.get("preset", "auto")
         if preset == "auto":
-            trains = given.get("train", not hasattr(Config, "train"))  # else a shipped, tiny model
+            trains = given.get("train", not hasattr(Config, "train") and "first" not in given)
+            # else it starts from a shipped model, which is tiny
             on_gpu = torch.cuda.is_available() and given.get("device") != "cpu"
             preset = "small" if on_gpu and trains else "tiny"
         if preset not in presets:
@@ -1151,49 +1152,6 @@ def karras_sigmas(steps, low=0.002, high=80.0, rho=7.0):
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
     return torch.cat([levels, torch.zeros(1)]).float()
-
-# ---------------------------------------- distance
-
-def energy(x):
-    """Mean square of every clip, (N, T, C, H, W) -> (N,); what nobody sees counts as none."""
-    return x.square().mean((1, 2, 3, 4)) + 1e-3
-
-def own_features(video):
-    """Fixed, seeded features of short clips that see motion: uint8 (N, T > 4, 3, H, W) -> (N, 46).
-
-    Log-energies of six random filters on the frames, on what changes from one frame to the next,
-    and over four frames; how far change goes with the gradients (the direction of motion); means
-    and deviations of colour; at two scales. A change of 1 is a factor e.
-    """
-    bank = torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(0)).to(video.device)
-    bank = (bank - bank.mean((2, 3), keepdim=True)) / 75**0.5  # blind to brightness
-    x = to_float(video)
-    found = [4 * x.mean((1, 3, 4)), 4 * x.std((1, 3, 4))]  # (N, 3) each
-    for _ in range(2):
-        for change in (x, x[:, 1:] - x[:, :-1], x[:, 4:] - x[:, :-4]):
-            response = F.conv2d(change.flatten(0, 1), bank).unflatten(0, change.shape[:2])
-            power = response.square().mean((3, 4))  # (N, T, 6)
-            found.append((power + 1e-3).log().mean(1))
-        dt = x.diff(dim=1)[..., 1:, 1:]
-        gx = x.diff(dim=-1)[:, :-1, ..., 1:, :]
-        gy = x.diff(dim=-2)[:, :-1, ..., 1:]
-        for gradient in (gx, gy):
-            together = (dt * gradient).mean((1, 2, 3, 4))
-            found.append(2 * (together / (energy(dt) * energy(gradient)).sqrt())[:, None])
-        x = F.avg_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
-    return torch.cat(found, 1).cpu().double()  # MPS has no float64
-
-def frechet(a, b):
-    """Frechet distance of two sets of features (N, D), (M, D), each taken as a Gaussian."""
-    a = a.double()
-    b = b.double()
-    cov_a = torch.atleast_2d(torch.cov(a.T))
-    cov_b = torch.atleast_2d(torch.cov(b.T))
-    w, v = torch.linalg.eigh(cov_a)
-    root = (v * w.clamp(min=0).sqrt()) @ v.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    apart = (a.mean(0) - b.mean(0)).square().sum()
-    return float(apart + cov_a.trace() + cov_b.trace() - 2 * cross)  # cross: tr (C_a C_b)^(1/2)
 
 # ---------------------------------------- what a run writes
 

@@ -4,7 +4,8 @@ A video diffusion model that is trained on reconstruction alone learns late what
 FlowLoss compares the optical flow of the denoised video with that of the true one: flow against
 flow, nothing is warped. Flow of a prediction at high noise means nothing, so a gate closes there.
 
-    EDM       D(x; s) = c_skip x + c_out F(c_in x; c_noise)     data of variance 1
+    EDM       D(x; s) = c_skip x + c_out F(c_in x; c_noise)     data of variance 1; given the first
+                                                                frame, too, in denoise()
     L_recon   E lambda(s) || D(y + s n; s) - y ||^2             lambda(s) = (s^2 + 1) / s^2
     L_flow    S E lambda(s) sum_t o(a_t) || f_t(y) - f_t(D) ||^2
               f: flow from the first frame to frame t; o: 1 where a_t says visible, else 0.3
@@ -14,11 +15,12 @@ flow, nothing is warped. Flow of a prediction at high noise means nothing, so a 
 The paper was not at hand: the equations come from reviews of it, their numbers are unknown, and
 what they leave open is marked "paper silent". The paper fine-tunes Stable Video Diffusion. Here a
 small image-to-video model, trained on boxes and on arms of any make and shipped with this file, is
-fine-tuned on clips of one robot, with and without the flow term, on the same data and noise.
+fine-tuned on clips of one robot, with and without the flow term, on the same data and noise. The
+loop for that is in finetune(); the two before it, of --train, made what is shipped.
 
     python flowloss.py --dataset robot              # fine-tune and compare; 4 minutes on two cores
     python flowloss.py --dataset robot --eval_only  # compare again, from the checkpoint
-    python flowloss.py --dataset robot --train --out_dir out/new  # make the shipped models anew
+    python flowloss.py --train --preset tiny --out_dir out/new  # the shipped models anew: 1 hour
     python flowloss.py --first photo.jpg            # your picture, before and after fine-tuning
 
 A run prints flow error, background and PSNR of held-out clips, early and late.
@@ -69,10 +71,10 @@ class Config:
     tune_lr: float = opt(2e-4, "AdamW's learning rate in fine-tuning, constant", 0, 1)
     psi: float = opt(2.0, "the gate: noise levels from here on have no flow term", 0, 1000)
     scale: float = opt(0.1, "S, the weight of the flow term", 0, 10**6)
-    pairs: int = opt(1, "frames t that a step compares; frames - 1 is the paper's sum", 1, 256)
+    pairs: int = opt(1, "frames t that a step compares; frames - 1: all, as in the paper", 1, 256)
     raft_iters: int = opt(2000, "--train: steps of the tiny RAFT", 1, 10**8)
     base_iters: int = opt(16000, "--train: steps of the base model", 1, 10**8)
-    lr: float = opt(2e-3, "--train: AdamW's learning rate", 0, 1)
+    lr: float = opt(2e-3, "--train: AdamW's learning rate, of the base model", 0, 1)
     batch: int = opt(4, "clips in a batch", 1, 65536)
     size: int = opt(32, "--train: height and width of a frame, pixels", 24, 1024)
     frames: int = opt(16, "--train: frames of a clip", 8, 256)
@@ -99,7 +101,8 @@ PRESETS = {
 NAMES = {"none": "reconstruction", "gated": "+ flow"}
 
 # EDM's noise prior: ln sigma ~ N(P_MEAN, P_STD^2). Paper silent: our values lie between EDM's own
-# (-1.2, 1.2), too few high levels for what decides motion, and SVD's (0.7, 1.6), made for latents.
+# (-1.2, 1.2), which seldom draws the high levels that decide motion, and SVD's (0.7, 1.6), made for
+# latents.
 P_MEAN = 0.0
 P_STD = 1.5
 AUGMENT = 0.02  # noise on the first frame while training, as SVD has it
@@ -168,7 +171,7 @@ def flow_loss(estimate, decode, D, truth, w, sigma, pairs, scale=0.1):
     """
     w = w.float()
     sigma = sigma.float()
-    lam = (sigma**2 + 1) / sigma**2
+    lam = (sigma**2 + 1) / sigma**2  # lambda
     loss = torch.zeros_like(w)
     on = w > 0
     if on.any():
@@ -456,7 +459,7 @@ class FlowPairs:
         return [torch.stack(part) for part in zip(*pairs)]
 
 def train_raft(cfg, out, device):
-    """The tiny RAFT, on exact flow of three worlds; some pairs are noisy, as a D may be."""
+    """The tiny RAFT, on exact flow of three worlds; some batches are noisy, as a D may be."""
     torch.manual_seed(cfg.seed)
     raft = TinyRAFT().to(device)
     optimizer = torch.optim.AdamW(raft.parameters(), 2e-3)
@@ -505,7 +508,7 @@ class GeneralClips:
         clips = []
         for k in range(cfg.batch):
             rng = np.random.default_rng([cfg.seed, 4, step, k])
-            if (step * cfg.batch + k) % 4 < 3:
+            if (step * cfg.batch + k) % 4 < 3:  # three arms, then a clip of boxes
                 clip = common.robot(rng, cfg.size, cfg.frames, make="any")
             else:
                 clip = common.shapes(rng, cfg.size, cfg.frames, rough=0.3)
@@ -563,18 +566,22 @@ def train_base(cfg, raft, out, device):
 def model_path(cfg):
     """The checkpoint of a run that goes on, else --model, else the shipped one."""
     own = Path(cfg.out_dir) / "ckpt.pt"
-    if cfg.eval_only or cfg.resume and own.exists():
+    if cfg.eval_only or (cfg.resume and own.exists()):
         return own
     return Path(cfg.model or SHIPPED)
 
-def load_model(path, device):
+def load_model(path, device, amp=False):
     """A flow estimator, a base model, and all that was saved with them. Raises Fault."""
     saved = common.load_checkpoint(path, "flowloss")
     made = Config(**saved["config"])
+    if "kept" not in saved and saved["step"] != made.base_iters:
+        raise Fault(f"{path} has {saved['step']} of {made.base_iters} steps of training: --resume "
+                    "makes the others")
     raft = TinyRAFT()
     raft.load_state_dict(saved["raft"])
     base = build(made)
     base.load_state_dict(saved["base"])
+    base.amp = amp
     return raft.to(device), base.to(device), saved
 
 def finished(cfg, saved, path):
@@ -589,8 +596,8 @@ def finished(cfg, saved, path):
 def draw_pairs(cfg, step):
     """From the first frame to cfg.pairs others, drawn for every clip: (B, K, 2).
 
-    An unbiased sample of the sum over t. Paper silent: from the first frame, because the flow
-    estimator it uses, DOT, tracks from one frame to all others.
+    A sample of all t, without bias. Paper silent: from the first frame, because the flow estimator
+    it uses, DOT, tracks from one frame to all others.
     """
     rng = make_rng(cfg.seed, 5, step)
     order = torch.rand(cfg.batch, cfg.frames - 1, generator=rng).argsort(1)  # of frames 1 and on
@@ -675,7 +682,7 @@ def sample(denoise, x, sigmas, rng):
     """
     for now, then in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
         D = denoise(x, torch.full((len(x),), now, device=x.device))
-        old = then**2 / now  # how much of the noise stays
+        old = then**2 / now  # the level of noise that stays, as DDPM has it
         new = (then**2 - old**2) ** 0.5  # old^2 + new^2 = then^2
         n = torch.randn(x.shape, generator=rng).to(x.device)
         x = D + old * (x - D) / now + new * n
@@ -759,7 +766,7 @@ def evaluate(cfg, kept, base, raft, test_clips, source, device):
         flow = flow_of(raft, made)
         error = end_point_error(flow, true)
         rows.append(dict(
-            objective=name, step=step, psi=cfg.psi, scale=cfg.scale, seed=cfg.seed,
+            objective=NAMES.get(name, name), step=step, psi=cfg.psi, scale=cfg.scale, seed=cfg.seed,
             epe_moving=mean_where(error, moving), epe_background=mean_where(error, ~moving),
             epe_zero=zero, epe_floor=floor if source == "procedural" else None,
             psnr=psnr(made, real).mean().item(), videos=count,
@@ -789,7 +796,7 @@ def move_picture(cfg, device):
         raise Fault(f"--first: there is no run on {cfg.dataset} in {cfg.out_dir or 'out/'}; "
                     "fine-tune one, or leave --out_dir and --dataset out for the shipped networks")
     path = folder / "ckpt.pt" if folder else SHIPPED
-    _, net, saved = load_model(path, device)
+    _, net, saved = load_model(path, device, cfg.amp)
     made = Config(**saved["config"])
     step = max(finished(made, saved, path))
     print(f"{path}: {made.dataset}, {step} steps of fine-tuning")
@@ -837,8 +844,8 @@ def check_model(cfg, saved, path):
         asked = getattr(cfg, name)
         there = saved["config"][name]
         if asked != there:
-            raise Fault(f"--{name} {asked}: the model in {path} has {there}; leave the flag out, "
-                        "or make another model by --train")
+            raise Fault(f"--{name} {asked}: the model in {path} has {there}; give "
+                        f"--{name} {there}, or make another model by --train")
 
 def main():
     began = time.time()
@@ -847,10 +854,10 @@ def main():
     device = common.pick_device(cfg.device)
     if cfg.first:
         return move_picture(cfg, device)
-    train_first = cfg.train and not cfg.eval_only
-    if not train_first:
+    trains = cfg.train and not cfg.eval_only
+    if not trains:
         path = model_path(cfg)
-        raft, base, saved = load_model(path, device)
+        raft, base, saved = load_model(path, device, cfg.amp)
         check_model(cfg, saved, path)
         print(f"flow estimator and base model: {path}")
     train_clips, test_clips, source = common.load_clips(
@@ -859,7 +866,7 @@ def main():
     out = common.open_run("flowloss", cfg, train_clips, test_clips)
     print(f"preset {cfg.preset} on {device}, {len(train_clips)} + {len(test_clips)} {source} clips")
 
-    if train_first:
+    if trains:
         raft = train_raft(cfg, out, device)
         base = train_base(cfg, raft, out, device)
     if cfg.eval_only:

@@ -14,9 +14,10 @@ in early steps of sampling, so that it varies less at the worst place. Nothing i
     Eq. 9   guidance        z <- z - eta grad_z L               then u is evaluated again
 
 The optimiser of Eq. 9 is Adam, new at every step. Its first step divides a gradient by its own
-size, so every element of z moves by eta. Eq. 4, the clean estimate z - t u, is for pictures in the
-paper, and for the loss in a later version of its code; Eqs. 5 and 6 are left out: grey pictures,
-and a sampler's step that is misprinted. A place of a latent is 8x8 pixels; here 4x4 are one.
+size, so every element of z that L depends on moves by eta. Eq. 4, the clean estimate z - t u, is
+for pictures in the paper, and for the loss in a later version of its code; Eqs. 5 and 6 are left
+out: grey pictures, and a sampler's step that is misprinted. A place of a latent is 8x8 pixels;
+here 4x4 are one.
 
     python flowmo.py                                    # 2 minutes on two cores
     python flowmo.py --prompt "a red circle moving up"  # one gif, without and with FlowMo's mean
@@ -96,7 +97,7 @@ PRESETS = {
 }
 
 # The guided steps. The paper guides t = 1 to 0.946 of Wan, we t = 0.69 to 0.38, steps 5 to 10 of
-# 16: a clip of few pixels lets motion be decided, and read, only at less noise.
+# 16: of clips so small, L tells only there which will be incoherent.
 
 # B, C, T, H, W: batch, channels, frames, height, width. z_1: the video, of variance 1; z_0: noise.
 # t: the clock, (B,). c: what the text encoder makes of a caption, (B, L, d).
@@ -121,9 +122,11 @@ def flowmo_step(z, velocity, eta, loss=flowmo_loss, t=None):
     """What comes before a guided step of the sampler: the moved z, and u there.
 
     FlowMo, Algorithm 1, lines 1 to 12. z (B, ...), best in float32: in bfloat16 an eta of 0.005 is
-    less than the type can tell. velocity(z) -> u like z, with guidance by text and all; loss(u) ->
-    (B,). t: a number; the loss is then of the clean estimate z - t u. Works under no_grad, and
-    returns no graph. Raises RuntimeError under inference_mode.
+    less than the type can tell. velocity(z) -> u like z, noise less video, with guidance by text;
+    freeze its weights, and let no no_grad be in it. loss(u) -> (B,). t: a number; the loss is then
+    of the clean estimate z - t u. Works under no_grad, and returns no graph. A solver that goes
+    back to an earlier z, as Wan's UniPC, undoes the step. Raises RuntimeError under inference_mode,
+    FloatingPointError if the gradient is not finite.
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("FlowMo needs a gradient: use torch.no_grad(), not inference_mode()")
@@ -135,6 +138,9 @@ def flowmo_step(z, velocity, eta, loss=flowmo_loss, t=None):
         # 1024: else a gradient that passes through a float16 network would be 0 there.
         gradient, = torch.autograd.grad(1024 * loss(u).sum(), z)
     gradient = gradient.float() / 1024
+    if not gradient.isfinite().all():
+        raise FloatingPointError("the gradient of FlowMo's loss is not finite: is u, or is 1024 "
+                                 "times the loss more than the network's type can hold?")
     direction = gradient / (gradient.abs() + 1e-8)  # the first step of Adam
     z = (z.detach().float() - eta * direction).to(z.dtype)  # Eq. 9
     with torch.no_grad():
@@ -176,8 +182,7 @@ def time_grid(steps, shift=1.0):
 def sample(velocity, z, times, guide=None, guided=()):
     """Euler's steps from z at times[0] to times[-1]; z (B, ...), velocity(z, t (B,)) -> u.
 
-    In the steps `guided`, guide(z, velocity_now) -> (z, u) comes first. Wan's own solver, UniPC,
-    would undo it: its corrector goes back to the latent of the step before.
+    In the steps `guided`, guide(z, velocity_now) -> (z, u) comes first.
     """
     for step, (now, then) in enumerate(zip(times[:-1].tolist(), times[1:].tolist())):
         t = torch.full((len(z),), now, device=z.device)
@@ -194,7 +199,7 @@ def sample(velocity, z, times, guide=None, guided=()):
 
 # ---------------------------------------- network: text to video
 
-FREE = 2  # places behind the longest caption, for tokens that are appended
+SPARE = 2  # places behind the longest caption, for the tokens of motionprompt.py
 
 def conv(channels_in, channels, kernel=3):
     """A convolution over space, frame by frame, of (B, C, T, H, W)."""
@@ -325,25 +330,25 @@ def draw(cfg, step, z_1):
     rng = make_rng(cfg.seed, 1, step)
     z_0 = torch.randn(z_1.shape, generator=rng)
     t = torch.rand(len(z_1), generator=rng)
-    near = torch.rand(len(z_1), generator=rng) < 0.4  # near noise is where motion is decided
+    near = torch.rand(len(z_1), generator=rng) < 0.4  # near noise: what goes where is decided there
     t = torch.where(near, 0.85 + 0.15 * t, t)
     stays = torch.rand(len(z_1), 1, generator=rng) >= cfg.drop
     return t.to(z_1.device), z_0.to(z_1.device), stays
 
 def move_last_word(text, rng):
-    """The last word moves by up to FREE places, so that places behind a caption get a meaning."""
+    """The last word moves by up to SPARE places, so that places behind a caption get a meaning."""
     rows = torch.arange(len(text))
     last = (text > 0).sum(1).clamp(min=1) - 1  # (B,)
     moved = text.clone()
     moved[rows, last] = 0
-    moved[rows, last + torch.randint(FREE + 1, last.shape, generator=rng)] = text[rows, last]
+    moved[rows, last + torch.randint(SPARE + 1, last.shape, generator=rng)] = text[rows, last]
     return moved
 
 def train(cfg, clips, captions, out, device):
     """The text-to-video model, as flow matching. Returns it, of averaged weights, and its words."""
     said = [common.split_words(caption) for caption in captions]
     words = sorted(set().union(*said))
-    length = max(len(s) for s in said) + FREE
+    length = max(len(s) for s in said) + SPARE
     text = common.to_indices(captions, words, length)  # (N, L)
     torch.manual_seed(cfg.seed)
     net = build(cfg, words, length).to(device)
@@ -400,7 +405,7 @@ def train(cfg, clips, captions, out, device):
         if stop:
             raise KeyboardInterrupt
     log.close()
-    return average.module, words
+    return average.module.eval().requires_grad_(False), words
 
 # ---------------------------------------- sample and evaluate
 
@@ -424,7 +429,7 @@ def load_model(path, device, amp=False):
         raise Fault(f"{path} has {saved['step']} of {made.iters} steps of training: --resume "
                     "makes the others")
     print(f"text-to-video model: {path}")
-    return net.to(device), saved["words"], made
+    return net.to(device).eval().requires_grad_(False), saved["words"], made
 
 @torch.no_grad()
 def generate(cfg, net, words, prompts, noise, method):
@@ -477,6 +482,9 @@ def evaluate(cfg, net, words, prompts, procedural):
 def film_prompt(cfg, device):
     """--prompt: one gif of four samples, without and with FlowMo over the mean."""
     folder = common.find_run("flowmo", cfg.dataset, cfg.out_dir)
+    if folder is None and not cfg.model and (cfg.out_dir or cfg.dataset != "sprites"):
+        raise Fault(f"--prompt: there is no run on {cfg.dataset} in {cfg.out_dir or 'out/'}; train "
+                    "one, or leave --out_dir and --dataset out for the shipped model")
     path = Path(cfg.model or SHIPPED)
     if not cfg.model and folder and (folder / "ckpt.pt").exists():
         path = folder / "ckpt.pt"
@@ -543,16 +551,16 @@ def main():
     counts = (cfg.clips if trains else 2, 512)  # without --train none is trained on
     train_clips, test_clips, source = common.load_clips(
         cfg.dataset, cfg.data_dir, cfg.size, counts, cfg.frames, cfg.seed, min_frames=cfg.frames)
-    captions = common.captions_of(train_clips, cfg.dataset)
     test_captions = common.captions_of(test_clips, cfg.dataset)
-    if not trains:
+    if trains:
+        captions = common.captions_of(train_clips, cfg.dataset)
+    else:
         common.check_words(test_captions, words)
     out = common.open_run("flowmo", cfg, train_clips, test_clips, trained=cfg.train)
     print(f"preset {cfg.preset} on {device}, {len(train_clips)} + {len(test_clips)} {source} clips")
 
     if trains:
         net, words = train(cfg, train_clips, captions, out, device)
-    net.eval().requires_grad_(False)
     if cfg.compile:
         net.compile()
     if source == "procedural":

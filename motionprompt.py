@@ -9,9 +9,9 @@ discriminator like flow of real video. No weight of the video model changes, nor
     flow       f = RAFT(x_{0|t}[i], x_{0|t}[j])                     frames i, j drawn by chance
     loss       l = lambda1 log(1 - phi(f)) + lambda2 TV(f) + lambda3 || T - T0 ||^2
                phi: the discriminator's probability that f is of real video, a sigmoid of its logit;
-               means over the pairs of frames, and TV a mean over pixels
-    optimise   T <- Adam(dl / dT), K times, through D with the prompt alone; then a step of the
-               sampler with c(T) and guidance, D_0 + w (D_P - D_0)
+               means over the pairs of frames; TV of means over pixels
+    optimise   T <- Adam(dl / dT), K times, through D_P = D(x; sigma, c(T)); then a step of the
+               sampler through D_0 + w (D_P - D_0): guidance, with D_0 of an empty prompt
     window     only at levels of noise in between; the other steps have the plain prompt
 
 The paper was not at hand: the equations come from notes on it, their numbers are unknown, and what
@@ -47,7 +47,8 @@ from tqdm import tqdm
 import common
 from common import Fault, like, make_rng, opt, to_float, to_uint8
 
-MODELS = Path(__file__).parent / "assets" / "models"
+SHIPPED = Path(__file__).parent / "assets" / "models" / "motionprompt.pt"
+VIDEO_MODEL = SHIPPED.with_name("sprites.pt")
 SAVE_EVERY = 500  # training steps
 
 @dataclass
@@ -114,17 +115,17 @@ def total_variation(flow):
     down = flow.diff(dim=2).abs().flatten(1).mean(1)
     return right + down
 
-def motion_loss(logit, flow, T, T0, weights):
+def motion_loss(logit, flow, T, T0, lambdas):
     """l of every video, (B,). Source: MotionPrompt.
 
     logit (B P,), phi = sigmoid(logit), and flow (B P, 2, H, W): of P pairs of frames each. T, T0
-    (B, n, d). weights: lambda1, lambda2, lambda3.
+    (B, n, d). lambdas: lambda1, lambda2, lambda3.
     """
-    lambda1, lambda2, lambda3 = weights
-    fake = F.logsigmoid(-logit).view(len(T), -1).mean(1)  # log(1 - phi), exact near 1, too
+    lambda1, lambda2, lambda3 = lambdas
+    log_fake = F.logsigmoid(-logit).view(len(T), -1).mean(1)  # log(1 - phi), exact near 1, too
     rough = total_variation(flow).view(len(T), -1).mean(1)
     away = (T - T0).square().flatten(1).sum(1)
-    return lambda1 * fake + lambda2 * rough + lambda3 * away
+    return lambda1 * log_fake + lambda2 * rough + lambda3 * away
 
 def random_pairs(batch, frames, count, gap, rng):
     """Frames i < j, at most `gap` apart, every such pair alike: (B, count) twice."""
@@ -136,21 +137,25 @@ def random_pairs(batch, frames, count, gap, rng):
 def flow_of_pairs(D, i, j, decode, estimate):
     """Flow from frame i to frame j of estimates D (B, C, T, H, W); i, j (B, P): (B P, 2, H, W).
 
-    decode((N, C, 2, H, W)) -> video in [-1, 1]; it is given the two frames and no more, as memory
-    is what a latent model's decoder takes. estimate(image1, image2) -> flow.
+    decode((N, C, 2, H, W)) -> video (N, 3, 2, H, W) in [-1, 1], best in float32, of a decoder that
+    takes every frame by itself, as Stable Diffusion's: two frames and no more, to save memory.
+    estimate(image1, image2) -> flow. Raises ValueError if two frames do not come back.
     """
     rows = torch.arange(len(D), device=D.device)[:, None]
     frames = D.transpose(1, 2)  # (B, T, C, H, W)
     first = frames[rows, i.to(D.device)].flatten(0, 1)  # (B P, C, H, W)
     second = frames[rows, j.to(D.device)].flatten(0, 1)
     video = decode(torch.stack([first, second], 2))
+    if video.shape[2] != 2:
+        raise ValueError(f"decode made {video.shape[2]} frames of 2: it must take each by itself")
     return estimate(video[:, :, 0], video[:, :, 1])
 
 def optimise_tokens(T, denoise, encode, loss, x, sigma, K, lr):
     """T (B, n, d) after K steps of Adam on loss(D, T) -> (B,). Source: MotionPrompt.
 
-    denoise(x, sigma (B,), c) -> D, with the prompt alone; encode(tokens) -> c. Freeze the weights:
-    it saves memory. T is float32 whatever x is: smaller types lose small steps.
+    denoise(x, sigma (B,), c) -> D, with no guidance; encode(tokens) -> c. Freeze the weights: it
+    saves memory. lr: what an element of T moves by at first; 0.2 fits embeddings of deviation 1,
+    as ours, CLIP's take a hundredth. T is float32 whatever x is: smaller types lose small steps.
     """
     T = T.detach().float().clone().requires_grad_()
     adam = torch.optim.Adam([T], lr)  # anew at every step of the sampler; paper silent
@@ -174,8 +179,9 @@ def motionprompt(denoise, inner, encode, T0, x, sigmas, guided, loss, K=3, lr=0.
     """Sampling with tokens that are optimised on the way. Source: MotionPrompt.
 
     denoise(x, sigma (B,), c) -> D: the sampler's, with guidance by the prompt; inner: the one to
-    optimise through, conditional only. encode(tokens (B, n, d), or None for the prompt alone) -> c.
-    T0 (B, n, d). x (B, C, T, H, W) at sigmas[0]. guided: steps with tokens. loss(D, T) -> (B,).
+    optimise through, with none. encode(tokens (B, n, d), or None for the prompt alone) -> c. T0
+    (B, n, d), lr: as in optimise_tokens. x (B, C, T, H, W) at sigmas[0], best in float32, whatever
+    the networks are. guided: steps with tokens, which go on from step to step. loss(D, T) -> (B,).
     K = 0: the words that T0 is of, not optimised. Returns x at sigmas[-1] and {step: T}.
     """
     T = T0
@@ -351,7 +357,7 @@ class TinyRAFT(nn.Module):
 
 # ---------------------------------------- network: text to video
 
-FREE = 2  # places behind the longest caption, for tokens that are appended
+SPARE = 2  # places behind the longest caption, for the tokens of motionprompt.py
 
 def conv(channels_in, channels, kernel=3):
     """A convolution over space, frame by frame, of (B, C, T, H, W)."""
@@ -652,7 +658,7 @@ def make_fakes(cfg, net, words, captions, device):
 
 def load_video_model(cfg, device):
     """The text-to-video model of flowmo.py and its words. Raises Fault."""
-    path = Path(cfg.model or MODELS / "sprites.pt")
+    path = Path(cfg.model or VIDEO_MODEL)
     saved = common.load_checkpoint(path, "flowmo")
     made = saved["config"]
     for name in ("size", "frames"):
@@ -673,7 +679,7 @@ def disc_path(cfg):
     own = Path(cfg.out_dir) / "ckpt.pt"
     if cfg.eval_only and own.exists():
         return own
-    return Path(cfg.disc or MODELS / "motionprompt.pt")
+    return Path(cfg.disc or SHIPPED)
 
 def load_disc(cfg, path, device):
     """The flow estimator and the discriminator. Raises Fault."""
@@ -717,7 +723,7 @@ def generate(cfg, net, words, raft, disc, prompts, noise, method, paths):
     sigmas = levels(cfg)
     guided = common.guided_steps(cfg) if method != "base" else set()
     K = cfg.K if method == "motionprompt" else 0
-    weights = (cfg.lambda1, cfg.lambda2, cfg.lambda3)
+    lambdas = (cfg.lambda1, cfg.lambda2, cfg.lambda3)
     estimate = estimator(raft, cfg.size)
     rng = make_rng(cfg.seed, 8, 0)
     with torch.no_grad():
@@ -730,7 +736,7 @@ def generate(cfg, net, words, raft, disc, prompts, noise, method, paths):
     def loss(D, T):
         i, j = random_pairs(len(D), cfg.frames, cfg.pairs, cfg.gap, rng)
         flow = flow_of_pairs(D, i, j, decode, estimate)
-        return motion_loss(disc(flow), flow, T, T0, weights)
+        return motion_loss(disc(flow), flow, T, T0, lambdas)
 
     made = []
     walked = []
@@ -782,13 +788,16 @@ def evaluate(cfg, net, words, raft, disc, prompts, procedural):
 def film_prompt(cfg, device):
     """--prompt: one gif of four samples, without and with MotionPrompt."""
     folder = common.find_run("motionprompt", cfg.dataset, cfg.out_dir)
-    path = Path(cfg.disc or MODELS / "motionprompt.pt")
+    if folder is None and not cfg.disc and (cfg.out_dir or cfg.dataset != "sprites"):
+        raise Fault(f"--prompt: there is no run on {cfg.dataset} in {cfg.out_dir or 'out/'}; train "
+                    "one, or leave --out_dir and --dataset out for the shipped models")
+    path = Path(cfg.disc or SHIPPED)
     if not cfg.disc and folder and (folder / "ckpt.pt").exists():
         path = folder / "ckpt.pt"
     net, words = load_video_model(cfg, device)
     raft, disc = load_disc(cfg, path, device)
-    common.check_prompt("tokens", cfg.tokens, words, FREE)
-    common.check_prompt("prompt", cfg.prompt, words, net.length - FREE)
+    common.check_prompt("tokens", cfg.tokens, words, SPARE)
+    common.check_prompt("prompt", cfg.prompt, words, net.length - SPARE)
     noise = torch.randn(4, *net.shape, generator=make_rng(cfg.seed, 3, 0)).to(device)
     videos = {}
     for method in ("base", "motionprompt"):
@@ -833,7 +842,7 @@ def main():
         return film_prompt(cfg, device)
     trains = cfg.train and not cfg.eval_only
     net, words = load_video_model(cfg, device)
-    common.check_prompt("tokens", cfg.tokens, words, FREE)
+    common.check_prompt("tokens", cfg.tokens, words, SPARE)
     if not trains:
         raft, disc = load_disc(cfg, disc_path(cfg), device)
     counts = (4 * cfg.fakes if trains else 2, 512)  # without --train none is trained on
@@ -841,9 +850,9 @@ def main():
     train_clips, test_clips, source = common.load_clips(
         cfg.dataset, cfg.data_dir, cfg.size, counts, cfg.frames, cfg.seed, min_frames=cfg.frames,
         **world)
-    captions = common.captions_of(train_clips, cfg.dataset)
     test_captions = common.captions_of(test_clips, cfg.dataset)
     common.check_words(test_captions, words)
+    captions = common.captions_of(train_clips, cfg.dataset) if trains else []
     if source == "procedural":
         captions = [common.strip_quality_words(caption) for caption in captions]
         test_captions = [common.strip_quality_words(caption) for caption in test_captions]

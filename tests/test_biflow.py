@@ -14,8 +14,8 @@ from torch import nn
 import biflow
 import common
 from biflow import biflow_step, biflow_step_back, condiff_step, denoise_step, flow_step
-from biflow import predict_step, solve_heun, stream
-from common import Fault, frechet, own_features
+from biflow import frechet, own_features, predict_step, solve_heun, stream
+from common import Fault
 from study import solve_euler
 
 exact = partial(solve_heun, tol=1e-7, max_evals=10**6)

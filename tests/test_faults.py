@@ -2,6 +2,7 @@
 
 How biflow.py is stopped and goes on is in test_cli.py.
 """
+import ast
 import errno
 import functools
 import json
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import biflow
 import common
@@ -252,3 +254,51 @@ def test_every_number_has_a_range_and_is_refused_outside_it(script, runner):
         for value in values:
             refused(run(f"--{f.name}={value}"), f"--{f.name}")
     assert not list(Path().rglob("*"))
+
+
+def test_the_help_fits_two_screens(script, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "argv", ["x.py", "--help"])
+    with pytest.raises(SystemExit):
+        script.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert 40 < len(lines) <= 100 and max(map(len, lines)) <= 100
+
+
+# --- the code -------------------------------------------------------------------------------------
+
+# They may use float64: what they take is on the CPU.
+ON_CPU = {"own_features", "frechet", "karras_sigmas"}
+
+
+class Watch(TorchDispatchMode):
+    """Notes the function of ours in which float64 appears; MPS has none."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if torch.is_tensor(result) and result.dtype == torch.float64:
+            frame = sys._getframe()
+            while Path(frame.f_code.co_filename).parent != ROOT:
+                frame = frame.f_back
+            self.found.add(frame.f_code.co_name)
+        return result
+
+
+def test_a_run_has_float64_on_the_cpu_alone(script, runner):
+    with Watch() as watch:
+        assert runner(script)("--out_dir", "o")[0] == 0
+    assert watch.found <= ON_CPU and (watch.found or script is flowmo)
+
+
+@pytest.mark.parametrize(
+    "path", [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")], ids=lambda path: path.name)
+def test_what_is_used_of_our_modules_is_there(path):
+    ours = {m.__name__: m for m in (biflow, common, flowloss, flowmo, motionprompt)}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = ours.get(node.value.id)
+            assert module is None or hasattr(module, node.attr), (node.lineno, node.attr)

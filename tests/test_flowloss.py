@@ -433,7 +433,7 @@ def test_a_run_writes_all_and_interrupted_in_every_stage_it_ends_the_same(run, t
              "sheet.png results.json")
     assert {p.name for p in (tmp_path / "a").iterdir()} == set(files.split())
     rows = json.loads((tmp_path / "a" / "results.json").read_text())["rows"]
-    want = [("base", 0), ("none", 2), ("gated", 2), ("none", 4), ("gated", 4)]
+    want = [("base", 0), ("reconstruction", 2), ("+ flow", 2), ("reconstruction", 4), ("+ flow", 4)]
     assert [(row["objective"], row["step"]) for row in rows] == want
     keys = "psi scale epe_moving epe_background epe_zero epe_floor psnr seed videos"
     assert set(keys.split()) <= rows[0].keys()
@@ -482,7 +482,7 @@ def test_without_train_it_starts_from_a_model_and_says_so(run, model, tmp_path, 
     monkeypatch.setattr(flowloss, "SHIPPED", tmp_path / "nothing.pt")
     assert run("--no-train", "--model", model, "--out_dir", "p")[0] == 0
     refused(run("--no-train", "--model", model, "--width", 16, "--out_dir", "q"),
-            "--width 16: the model in", "has 8; leave the flag out, or make another model by --train")
+            "--width 16: the model in", "has 8; give --width 8, or make another model by --train")
     refused(run("--model", model, "--out_dir", "q"), "--train makes a model, --model loads one")
     refused(run("--no-train", "--out_dir", "q"), "nothing.pt is not there")
     assert not (tmp_path / "q").exists()

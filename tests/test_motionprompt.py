@@ -380,7 +380,7 @@ def test_bad_input_is_one_clear_line_and_exit_status_2(run, tmp_path, flags, say
 # --- the shipped models ---------------------------------------------------------------------------
 
 def test_the_shipped_raft_sees_motion_and_the_discriminator_tells_steady_from_flawed():
-    path = motionprompt.MODELS / "motionprompt.pt"
+    path = motionprompt.SHIPPED
     assert path.stat().st_size < 1e6
     saved = common.load_checkpoint(path, "motionprompt")
     assert saved["made"].keys() >= {"command", "commit", "steps", "minutes", "machine"}

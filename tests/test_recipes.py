@@ -224,7 +224,7 @@ def ANIMATE(logits):
         return 1e3 * logits[-1]
 
     return dict(estimate=lambda a, b: (b - a)[:, :2], discriminate=discriminate,
-                words="authentic steady", weights=(1, 0, 0), steps=4, frames=4, size=8)
+                words="authentic steady", lambdas=(1, 0, 0), steps=4, frames=4, size=8)
 
 
 def test_motionprompt_in_animatediff_moves_new_tokens_only_and_its_loss_falls(
