@@ -171,6 +171,12 @@ def test_eval_only_may_sample_more(run, out):
     assert [row["samples"] for row in rows] == 3 * [12] and rows[2]["method"] == "BI-FLOW eps 0.3"
 
 
+def test_eval_only_wants_a_training_that_came_to_its_end(run, out):
+    saved = torch.load(out / "ckpt.pt", weights_only=True)
+    torch.save(saved | dict(step=4), out / "ckpt.pt")
+    refused(run("--out_dir", "o", "--eval_only", tiny=False), "ckpt.pt has 4 of 6 steps", "--resume")
+
+
 @pytest.mark.parametrize("flags, had", [
     ("--eval_only --seed 1", 0), ("--eval_only --width 16", 8), ("--resume --iters 7", 6)])
 def test_what_was_trained_cannot_be_changed(run, out, flags, had):

@@ -485,7 +485,20 @@ def test_without_train_it_starts_from_a_model_and_says_so(run, model, tmp_path, 
             "--width 16: the model in", "has 8; give --width 8, or make another model by --train")
     refused(run("--model", model, "--out_dir", "q"), "--train makes a model, --model loads one")
     refused(run("--no-train", "--out_dir", "q"), "nothing.pt is not there")
+    half = torch.load(model, weights_only=True) | dict(step=2)
+    torch.save(half, tmp_path / "half.pt")
+    refused(run("--no-train", "--model", "half.pt", "--out_dir", "q"), "half.pt has 2 of 3 steps")
     assert not (tmp_path / "q").exists()
+
+
+def test_a_model_that_is_loaded_works_in_bfloat16_where_that_is_asked_for():
+    x = randn(1, 3, 16, 32, 32)
+    D = []
+    for amp in (False, True):
+        _, base, saved = flowloss.load_model(flowloss.SHIPPED, "cpu", amp)
+        with torch.no_grad():
+            D.append(flowloss.denoise(base, x, torch.ones(1), x[:, :, 0]))
+    assert 0 < (D[0] - D[1]).abs().max() < 0.1
 
 
 def test_a_picture_is_set_in_motion_by_base_and_both_objectives(run, model, tmp_path):

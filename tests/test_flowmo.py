@@ -139,6 +139,8 @@ def test_a_step_keeps_no_graph_and_says_why_it_cannot_work_in_inference_mode():
     assert z.grad is None and weight.grad is None
     with torch.inference_mode(), pytest.raises(RuntimeError, match="use torch.no_grad()"):
         flowmo_step(z, field, 0.1)
+    with pytest.raises(FloatingPointError, match="not finite"):  # 1024 times it is beyond float16
+        flowmo_step(z, field, 0.1, lambda u: 1e38 * u.square().flatten(1).sum(1))
 
 
 def test_the_method_pastes_as_one_block():
@@ -408,6 +410,8 @@ def test_a_prompt_becomes_one_gif_and_an_unknown_word_is_named(run, model):
         assert image.n_frames > 1
     refused(run("--prompt", "a purple circle", tiny=False), "does not know 'purple'", "it knows a, ",
             "yellow")
+    refused(run("--prompt", "a red circle", "--dataset", "mine", tiny=False),
+            "--prompt: there is no run on mine in out/")
 
 
 def clip_of(folder, name, caption, seed):

@@ -70,6 +70,8 @@ def test_two_frames_of_a_pair_are_decoded_and_no_more():
     assert shapes == [(4, 3, 2, 4, 4)]
     for k, (b, p, q) in enumerate([(0, 0, 3), (0, 2, 5), (1, 1, 2), (1, 4, 5)]):
         assert torch.equal(flow[k], torch.stack([D[b, 0, p], D[b, 0, q]]))
+    with pytest.raises(ValueError, match="5 frames of 2"):  # as a VAE that compresses time
+        flow_of_pairs(D, i, j, lambda z: z[:, :, [0, 0, 0, 1, 1]], lambda a, b: a[:, :2])
 
 
 # --- the method on a toy: the last token is a motion, and one motion is the best -------------------
@@ -361,6 +363,8 @@ def test_a_prompt_becomes_one_gif_and_unknown_words_are_named(run):
         assert image.n_frames > 1
     refused(run("--prompt", "a purple circle", tiny=False), "does not know 'purple'", "yellow")
     refused(run("--tokens", "smooth", tiny=False), "--tokens 'smooth'", "does not know", "authentic")
+    refused(run("--prompt", "a red circle", "--out_dir", "nowhere", tiny=False),
+            "--prompt: there is no run on sprites in nowhere")
 
 
 @pytest.mark.parametrize("flags, says", [
