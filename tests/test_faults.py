@@ -176,11 +176,11 @@ def test_a_second_run_into_a_folder_is_refused_and_changes_nothing(script, runne
 
 
 @pytest.mark.parametrize("how", ["--resume", "--eval_only"])
-def test_a_cut_checkpoint_is_refused_and_left_alone(staged, how, runner, whole):
-    out = Path(shutil.copytree(whole(staged), "o"))
+def test_a_cut_checkpoint_is_refused_and_left_alone(script, how, runner, whole):
+    out = Path(shutil.copytree(whole(script), "o"))
     (out / "ckpt.pt").write_bytes((out / "ckpt.pt").read_bytes()[:5000])
     before = content(out)
-    result = runner(staged)("--out_dir", "o", how, tiny=False)
+    result = runner(script)("--out_dir", "o", how, tiny=False)
     ends_in_one_line(result, "ckpt.pt is not a readable checkpoint")
     assert content(out) == before
 

@@ -3,7 +3,6 @@ import inspect
 import itertools
 import json
 import math
-import signal
 
 import numpy as np
 import pytest
@@ -417,16 +416,7 @@ def run(runner):
     return runner(flowloss)
 
 
-def whole_state(out):
-    """All that a run has learned, of its three stages."""
-    found = {}
-    for name in ("raft", "base", "ckpt"):
-        for key, value in tensors(torch.load(out / f"{name}.pt", weights_only=True)).items():
-            found[name, *key] = value
-    return found
-
-
-def test_a_run_writes_all_and_interrupted_in_every_stage_it_ends_the_same(run, tmp_path, monkeypatch):
+def test_a_run_writes_its_files_and_a_row_for_every_point(run, tmp_path):
     status, text, err = run("--out_dir", "a")
     assert status == 0, err
     files = ("config.json log-raft.csv log-base.csv log.csv raft.pt base.pt ckpt.pt samples.gif "
@@ -437,29 +427,6 @@ def test_a_run_writes_all_and_interrupted_in_every_stage_it_ends_the_same(run, t
     assert [(row["objective"], row["step"]) for row in rows] == want
     keys = "psi scale epe_moving epe_background epe_zero epe_floor psnr seed videos"
     assert set(keys.split()) <= rows[0].keys()
-
-    again = ()
-    for stage in ("flow", "recon", "none"):  # a Ctrl-C in the second step of each
-        with monkeypatch.context() as m:
-            add = common.Log.add
-
-            def interrupting(self, step, **losses):
-                if step == 2 and stage in losses:
-                    signal.raise_signal(signal.SIGINT)
-                return add(self, step, **losses)
-
-            m.setattr(common.Log, "add", interrupting)
-            assert run("--out_dir", "b", *again)[0] == 130
-        again = ("--resume",)
-    status, _, err = run("--out_dir", "b", "--resume")
-    assert status == 0, err
-    a = whole_state(tmp_path / "a")
-    b = whole_state(tmp_path / "b")
-    assert len(a) > 300 and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert json.loads((tmp_path / "b" / "results.json").read_text())["rows"] == rows
-    assert run("--out_dir", "b", "--eval_only", "--no-train", tiny=False)[0] == 2  # it was trained
-    assert run("--out_dir", "b", "--eval_only", tiny=False)[0] == 0
-    assert json.loads((tmp_path / "b" / "results.json").read_text())["rows"] == rows
 
 
 @pytest.fixture
