@@ -51,10 +51,9 @@ class Fault(Exception):
 
 # ---------------------------------------- command line
 
-def opt(default, help, low=None, high=None, choices=None, free=False):
+def opt(default, help, low=None, high=None, free=False):
     """A Config field: default, line in --help, what it may be; free: may change on --resume."""
-    notes = dict(help=help, low=low, high=high, choices=choices, free=free)
-    return field(default=default, metadata=notes)
+    return field(default=default, metadata=dict(help=help, low=low, high=high, free=free))
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -114,9 +113,6 @@ def check_ranges(cfg):
         value = getattr(cfg, f.name)
         low = f.metadata["low"]
         high = f.metadata["high"]
-        choices = f.metadata["choices"]
-        if choices and value not in choices:
-            raise Fault(f"--{f.name} {value}: unknown; choose one of {', '.join(choices)}")
         if low is not None and not low <= value <= high:  # refuses nan, too
             raise Fault(f"--{f.name} {value}: must lie between {low} and {high}")
 
@@ -796,13 +792,13 @@ FORMS = {"circle": (0, 0, 0.2), "square": (0.13, 0.13, 0.01),  # boxes as of lay
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 FLAWS = ["jumps", "jitters", "flickers", "changes"]
 
-def sprites(rng, size, frames, flow=False, steady=0.65, worded=0.8):
+def sprites(rng, size, frames, flow=False, steady=0.65):
     """A shape of one colour crosses a grey background as its caption says, not always steadily.
 
     A share `steady` of the clips is; in the others the shape jumps, jitters, flickers or changes
-    its colour. A share `worded` of the captions says 'steady' or 'shaky', truthfully. Half of all
-    say 'authentic', which means nothing here. Returns as layered(), and caption ('a red circle
-    moving left, authentic, steady') and flaw.
+    its colour. Of the captions 80 % say 'steady' or 'shaky', truthfully; half of all say
+    'authentic', which means nothing here. Returns as layered(), and caption ('a red circle moving
+    left, authentic, steady') and flaw.
     """
     form = str(rng.choice(list(FORMS)))
     colour = str(rng.choice(list(COLOURS)))
@@ -811,7 +807,7 @@ def sprites(rng, size, frames, flow=False, steady=0.65, worded=0.8):
     caption = f"a {colour} {form} moving {way}"
     if rng.uniform() < 0.5:
         caption += ", authentic"
-    if rng.uniform() < worded:
+    if rng.uniform() < 0.8:
         caption += ", shaky" if flaw else ", steady"
 
     # The path, in widths: where it starts is left to chance, as long as it stays in view.
