@@ -23,6 +23,7 @@ drifts away. CONDIFF pays the way from noise at every frame. BI-FLOW stays, at 0
 """
 import math
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ PRESETS = {
         patch=1, lr=1e-4, lr_end=1.0, ema=0.0, amp=True, streams=128, frames=512,
     ),
 }
-NAMES = {"flow": "FLOW", "condiff": "CONDIFF", "biflow": "BI-FLOW"}
+METHODS = {"flow": "FLOW", "condiff": "CONDIFF", "biflow": "BI-FLOW"}
 
 # x0, x1: a frame and the next, (B, 3, H, W) in [-1, 1]. n: noise of that shape. t: the clock from
 # the last frame (0) to the next (1). alpha: how much noise lies on a frame; only CONDIFF's runs
@@ -516,7 +517,7 @@ def make_step(method, net, eps, solve):
 
 def roll(step, first, frames, seed, name):
     """Stream from first (B, 3, H, W): uint8 (B, frames, 3, H, W), evaluations and ms a frame."""
-    began = time.time()
+    began = time.perf_counter()
     videos = stream(step, first, torch.Generator().manual_seed(seed))
     video = [to_uint8(first)]
     count = 0.0
@@ -524,7 +525,7 @@ def roll(step, first, frames, seed, name):
         x, evals = next(videos)
         video.append(to_uint8(x))
         count += evals.float().mean().item()
-    ms = 1000 * (time.time() - began) / (frames - 1) / len(first)
+    ms = 1000 * (time.perf_counter() - began) / (frames - 1) / len(first)
     return torch.stack(video, 1), count / (frames - 1), ms
 
 def real_clips(clips, count, seed):
@@ -574,7 +575,7 @@ def evaluate(cfg, nets, train_clips, test_clips, device):
     as_many = real_clips(train_clips, samples, cfg.seed).to(device)
     if min(len(real), len(as_many)) < samples:
         print(f"warning: {samples} clips are compared with {len(real)} real ones, and the floor is "
-              f"of {len(as_many)}: so few make distances large and uncertain")
+              f"of {len(as_many)}: so few make distances large and uncertain", file=sys.stderr)
     reference = own_features(real)
     floor = frechet(own_features(as_many), reference)
     frames = cfg.frames or 128
@@ -585,7 +586,7 @@ def evaluate(cfg, nets, train_clips, test_clips, device):
     plan = [("flow", None), ("condiff", None)]
     plan += [("biflow", float(eps)) for eps in cfg.eps.split(",")]
     for method, eps in plan:
-        name = NAMES[method] if eps is None else f"{NAMES[method]} eps {eps:g}"
+        name = METHODS[method] if eps is None else f"{METHODS[method]} eps {eps:g}"
         step = make_step(method, nets[method], eps, make_heun(cfg.tol))
         video, nfe, ms = roll(step, x0, frames, cfg.seed, name)
         curve, slope = distances(video, reference, device)
@@ -604,7 +605,7 @@ def best_eps(rows):
     tried = [row for row in rows if row["eps"] is not None]
     return min(tried, key=lambda row: row["fvd"])["eps"]
 
-# ---------------------------------------- your own picture
+# ---------------------------------------- load
 
 def load_averages(saved, device):
     """The networks of a checkpoint, to sample from, and the Config they were made with."""
@@ -612,6 +613,8 @@ def load_averages(saved, device):
     average = AveragedModel(build(made))
     average.load_state_dict(saved["average"])
     return average.module.to(device).eval(), made
+
+# ---------------------------------------- your own picture
 
 def continue_picture(cfg, device):
     """--first: one gif that goes on from a picture, the methods side by side."""
@@ -631,13 +634,13 @@ def continue_picture(cfg, device):
     first = to_float(common.read_picture(cfg.first, made.size))[None].to(device)  # (1, 3, H, W)
     frames = cfg.frames or 64
     heun = make_heun(cfg.tol)
-    methods = list(NAMES)
+    methods = list(METHODS)
     if cfg.backward:
         methods = ["biflow"]  # the only one that can
     videos = {}
     for method in methods:
         step = make_step(method, nets[method], eps, heun)
-        videos[NAMES[method]] = roll(step, first, frames, cfg.seed, NAMES[method])[0]
+        videos[METHODS[method]] = roll(step, first, frames, cfg.seed, METHODS[method])[0]
     if cfg.backward:
         def step_back(x, n):
             return biflow_step_back(nets["biflow"], x, n, eps, heun)

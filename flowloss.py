@@ -28,6 +28,7 @@ A run prints flow error, background and PSNR of held-out clips, early and late.
 import copy
 import math
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,7 @@ PRESETS = {
         pairs=15, amp=True,
     ),
 }
-NAMES = {"none": "reconstruction", "gated": "+ flow"}
+METHODS = {"none": "reconstruction", "gated": "+ flow"}
 
 # EDM's noise prior: ln sigma ~ N(P_MEAN, P_STD^2). Paper silent: our values lie between EDM's own
 # (-1.2, 1.2), which seldom draws the high levels that decide motion, and SVD's (0.7, 1.6), made for
@@ -322,7 +323,7 @@ def halve(x):
 def double(x):
     return F.interpolate(x.flatten(1, 2), scale_factor=2.0).unflatten(1, x.shape[1:3])
 
-class Block(nn.Module):
+class ResBlock(nn.Module):
     """Residual block over space, then over time; self-attention over both where asked."""
 
     def __init__(self, cin, cout, dim, time, attend):
@@ -379,9 +380,9 @@ class VideoUNet(nn.Module):
             above = channels[max(0, level - 1)]
             time = level > 0 or len(channels) == 1  # at full size it would cost the most
             attend = level == len(channels) - 1
-            self.down.append(Block(above, c, dim, time, attend))
-            self.up.append(Block(c, above, dim, time, attend))
-        self.mid = Block(c, c, dim, time=True, attend=True)
+            self.down.append(ResBlock(above, c, dim, time, attend))
+            self.up.append(ResBlock(c, above, dim, time, attend))
+        self.mid = ResBlock(c, c, dim, time=True, attend=True)
         self.norm = group_norm(channels[0])
         self.out = conv(channels[0] + 9 * patch**2, 4 * patch**2)
         nn.init.zeros_(self.out.weight)
@@ -563,6 +564,8 @@ def train_base(cfg, raft, out, device):
     log.close()
     return net
 
+# ---------------------------------------- load
+
 def model_path(cfg):
     """The checkpoint of a run that goes on, else --model, else the shipped one."""
     own = Path(cfg.out_dir) / "ckpt.pt"
@@ -616,7 +619,7 @@ def finetune(cfg, base, raft, clips, out, device):
 
     Returns the averaged weights at every point: {step: {objective: state_dict}}.
     """
-    nets = nn.ModuleDict({name: copy.deepcopy(base) for name in NAMES}).requires_grad_()
+    nets = nn.ModuleDict({name: copy.deepcopy(base) for name in METHODS}).requires_grad_()
     average = AveragedModel(nets, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
     optimizer = torch.optim.AdamW(nets.parameters(), cfg.tune_lr)
     raft.requires_grad_(False)
@@ -671,7 +674,7 @@ def finetune(cfg, base, raft, clips, out, device):
     log.close()
     return kept
 
-# ---------------------------------------- evaluate
+# ---------------------------------------- sampler
 
 @torch.no_grad()
 def sample(denoise, x, sigmas, rng):
@@ -687,6 +690,8 @@ def sample(denoise, x, sigmas, rng):
         n = torch.randn(x.shape, generator=rng).to(x.device)
         x = D + old * (x - D) / now + new * n
     return x
+
+# ---------------------------------------- evaluate
 
 @torch.no_grad()
 def generate(net, first, steps, seed, name):
@@ -747,13 +752,13 @@ def evaluate(cfg, kept, base, raft, test_clips, source, device):
     moving = true.square().sum(2).sqrt() > MOVING  # (N, T - 1, H, W)
     if not moving.any():
         print(f"warning: nothing moves in the held-out clips by more than {MOVING} px a frame, "
-              "so there is no flow error to report")
+              "so there is no flow error to report", file=sys.stderr)
     zero = mean_where(end_point_error(0 * true, true), moving)
     floor = mean_where(end_point_error(flow_of(raft, real), true), moving)
 
     plan = [("base", 0, base.state_dict())]
     for step, weights in kept.items():
-        for name in NAMES:
+        for name in METHODS:
             plan.append((name, step, weights[name]))
     net = build(cfg).to(device).eval()
     rows = []
@@ -761,12 +766,13 @@ def evaluate(cfg, kept, base, raft, test_clips, source, device):
     flows = {"real": true.cpu()}
     for name, step, weights in plan:
         net.load_state_dict(weights)
-        label = "base" if name == "base" else f"{NAMES[name]}, {step}"
+        label = "base" if name == "base" else f"{METHODS[name]}, {step}"
         made = generate(net, to_float(real[:, 0]), cfg.steps, cfg.seed, label).to(device)
         flow = flow_of(raft, made)
         error = end_point_error(flow, true)
         rows.append(dict(
-            objective=NAMES.get(name, name), step=step, psi=cfg.psi, scale=cfg.scale, seed=cfg.seed,
+            objective=METHODS.get(name, name), step=step, psi=cfg.psi, scale=cfg.scale,
+            seed=cfg.seed,
             epe_moving=mean_where(error, moving), epe_background=mean_where(error, ~moving),
             epe_zero=zero, epe_floor=floor if source == "procedural" else None,
             psnr=psnr(made, real).mean().item(), videos=count,
@@ -801,7 +807,7 @@ def move_picture(cfg, device):
     step = max(finished(made, saved, path))
     print(f"{path}: {made.dataset}, {step} steps of fine-tuning")
     plan = {"base": saved["base"]}
-    for name, label in NAMES.items():
+    for name, label in METHODS.items():
         plan[label] = saved["kept"][step][name]
 
     picture = to_float(common.read_picture(cfg.first, made.size))[None].to(device)  # (1, 3, H, W)

@@ -58,7 +58,7 @@ class Config:
     train: bool = opt(False, "train a text-to-video model first")
     model: str = opt("", "another ckpt.pt of --train to sample from; empty: the shipped one")
     resume: bool = opt(False, "go on with the training in the output folder", free=True)
-    eval_only: bool = opt(False, "sample again from the run in the output folder", free=True)
+    eval_only: bool = opt(False, "evaluate the run in the output folder again", free=True)
     out_dir: str = opt("", "empty: out/flowmo-DATASET[-procedural]", free=True)
     device: str = opt("auto", "auto, cpu, cuda, mps", free=True)
     compile: bool = opt(False, "torch.compile the network", free=True)
@@ -209,7 +209,7 @@ def conv(channels_in, channels, kernel=3):
 def group_norm(channels):
     return nn.GroupNorm(math.gcd(8, channels), channels)
 
-class Residual(nn.Module):
+class ResBlock(nn.Module):
     """Convolutions over space, then over time, scaled and shifted by clock and sentence."""
 
     def __init__(self, cin, cout, d):
@@ -230,7 +230,7 @@ class Residual(nn.Module):
         x = self.skip(x) + self.conv2(F.silu(h))
         return x + self.time(F.silu(self.norm3(x)))
 
-class Attention(nn.Module):
+class TransformerBlock(nn.Module):
     """Transformer block with adaptive layer norm, over words and places of all frames together."""
 
     def __init__(self, d):
@@ -275,11 +275,11 @@ class TextToVideo(nn.Module):
         self.place = nn.Parameter(torch.randn(frames, (size // 4) ** 2, d))
         self.gain = nn.Linear(d, d)
         self.inp = conv(12, channels)
-        self.fine = Residual(channels, channels, d)
+        self.fine = ResBlock(channels, channels, d)
         self.down = nn.Conv3d(channels, d, (1, 2, 2), (1, 2, 2))
-        self.blocks = nn.ModuleList(Attention(d) for _ in range(layers))
+        self.blocks = nn.ModuleList(TransformerBlock(d) for _ in range(layers))
         self.up = nn.ConvTranspose3d(d, channels, (1, 2, 2), (1, 2, 2))
-        self.last = Residual(2 * channels, channels, d)
+        self.last = ResBlock(2 * channels, channels, d)
         self.norm = group_norm(channels)
         self.out = conv(channels + 12, 12)
         nn.init.zeros_(self.out.weight)
@@ -407,9 +407,7 @@ def train(cfg, clips, captions, out, device):
     log.close()
     return average.module.eval().requires_grad_(False), words
 
-# ---------------------------------------- sample and evaluate
-
-METHODS = {"base": "no guidance", "random": "random step", "max": "FlowMo", "mean": "FlowMo, mean"}
+# ---------------------------------------- load
 
 def model_path(cfg):
     """The checkpoint of a run that trained, else --model, else the shipped one."""
@@ -430,6 +428,10 @@ def load_model(path, device, amp=False):
                     "makes the others")
     print(f"text-to-video model: {path}")
     return net.to(device).eval().requires_grad_(False), saved["words"], made
+
+# ---------------------------------------- sample and evaluate
+
+METHODS = {"base": "no guidance", "random": "random step", "max": "FlowMo", "mean": "FlowMo, mean"}
 
 @torch.no_grad()
 def generate(cfg, net, words, prompts, noise, method):
@@ -478,6 +480,8 @@ def evaluate(cfg, net, words, prompts, procedural):
         row["cost_ratio"] = row["s_per_video"] / rows[0]["s_per_video"]
         row.update(scores.get(method, {}))
     return rows, videos
+
+# ---------------------------------------- your own prompt
 
 def film_prompt(cfg, device):
     """--prompt: one gif of four samples, without and with FlowMo over the mean."""

@@ -70,7 +70,7 @@ def network(method):
 def solver_overhead():
     """The time of a frame against the time its network evaluations take, each at the batch size it is made with."""
     x, n = torch.randn(2, CFG.streams, 3, CFG.size, CFG.size, device=DEVICE).clamp(-1, 1)
-    for m in biflow.NAMES:
+    for m in biflow.METHODS:
         net, inside = network(m), []
         step, forward = biflow.make_step(m, net, 0.2, biflow.solve_heun), net.forward
 
@@ -83,7 +83,7 @@ def solver_overhead():
         for _ in range(7):
             inside.clear()
             ratios.append(clock(lambda: step(x, n)) / sum(inside))
-        yield (f"frame / its evaluations, {biflow.NAMES[m]}", np.median(ratios), "<= 1.10",
+        yield (f"frame / its evaluations, {biflow.METHODS[m]}", np.median(ratios), "<= 1.10",
                f"batch {len(x)}, {CFG.size} px, {evals:.1f} evaluations a sample in {len(inside)} calls, "
                f"{sum(inside) / len(inside) * 1e3:.1f} ms a call")
 

@@ -119,7 +119,7 @@ def biflow_euler(args):
             video = biflow.roll(step, x, cfg.frames or 128, cfg.seed, method)[0]
             curve, slope = biflow.distances(video, reference, args.device)
             found = dict(fvd=float(np.mean(curve)), fvd_last=curve[-1], slope=slope)
-            rows.setdefault(biflow.NAMES[method], []).append(found)
+            rows.setdefault(biflow.METHODS[method], []).append(found)
     paper = {"FLOW": 2109, "CONDIFF": 994, "BI-FLOW": 491}
     table = []
     for name, of_seeds in rows.items():
@@ -148,7 +148,7 @@ def biflow_counts(args):
 
             biflow.roll(step, x, args.frames, cfg.seed, method)
             ours, theirs = np.mean(seen, 0)
-            rows.setdefault(biflow.NAMES[method], []).append((ours, theirs))
+            rows.setdefault(biflow.METHODS[method], []).append((ours, theirs))
     paper = {"FLOW": 7.84, "BI-FLOW": 14.57, "CONDIFF": 46.18}
     table = []
     for name, counts in rows.items():
@@ -369,7 +369,7 @@ def streams(nets, cfg, test, results, args):
     found = {}
     for method, eps in (("flow", None), ("condiff", None), ("biflow", results["reported_eps"])):
         step = biflow.make_step(method, nets[method], eps, biflow.make_heun(cfg.tol))
-        found[biflow.NAMES[method]] = biflow.roll(step, x, args.frames, cfg.seed, method)[0]
+        found[biflow.METHODS[method]] = biflow.roll(step, x, args.frames, cfg.seed, method)[0]
     return found
 
 

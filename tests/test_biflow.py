@@ -323,7 +323,7 @@ def randomised(**more):
     return nets
 
 
-@pytest.mark.parametrize("method", biflow.NAMES)
+@pytest.mark.parametrize("method", biflow.METHODS)
 def test_shapes_and_that_the_net_hears_its_inputs(method):
     f, x, t = randomised()[method], randn(2, 3, 16, 16).float(), torch.tensor([0.2, 0.7])
     given = {"flow": [x, t], "condiff": [x, x.flip(0), t], "biflow": [x, t, t.flip(0)]}[method]

@@ -270,12 +270,14 @@ def told(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("real")
     write_clips(cwd / "data" / "sky", 5, 60)
     text = io.StringIO()
-    with pytest.MonkeyPatch.context() as m, contextlib.redirect_stdout(text):
+    warned = io.StringIO()
+    with (pytest.MonkeyPatch.context() as m, contextlib.redirect_stdout(text),
+          contextlib.redirect_stderr(warned)):
         m.chdir(cwd)
         # With seed 2 the clip to be shown starts at its frame 17 of 60.
         m.setattr(sys, "argv", ["biflow.py", *TINY["biflow"], "--iters", "1", "--seed", "2"])
         common.run(biflow.main)
-    return cwd, text.getvalue()
+    return cwd, text.getvalue(), warned.getvalue()
 
 
 @pytest.fixture
@@ -290,7 +292,7 @@ def test_real_clips_are_found_and_the_results_say_so(told):
 
 
 def test_few_real_clips_are_warned_of(told):
-    assert "warning: 8 clips are compared with 7 real ones" in told[1]
+    assert "warning: 8 clips are compared with 7 real ones" in told[2]
 
 
 def test_a_long_real_clip_is_shown_as_long_as_the_streams(told):

@@ -482,7 +482,7 @@ def test_a_picture_is_set_in_motion_by_base_and_both_objectives(run, model, tmp_
 def test_clips_that_rest_give_no_flow_error_instead_of_nan(run, tmp_path, monkeypatch):
     monkeypatch.setattr(flowloss, "MOVING", 1e9)
     status, text, err = run("--out_dir", "o")
-    assert status == 0 and text.count("warning: nothing moves in the held-out clips") == 1
+    assert status == 0 and err.count("warning: nothing moves in the held-out clips") == 1
     row = json.loads((tmp_path / "o" / "results.json").read_text())["rows"][-1]
     assert row["epe_moving"] is row["epe_zero"] is row["epe_floor"] is None
     assert math.isfinite(row["epe_background"])
