@@ -647,9 +647,9 @@ def continue_picture(cfg, device):
 
         before = roll(step_back, first, frames, cfg.seed, "backward")[0]
         videos["BI-FLOW"] = torch.cat([before.flip(1), videos["BI-FLOW"][:, 1:]], 1)
-    path = Path(folder or "out") / "biflow-first.gif"
-    common.save_gif(path, videos, width=192)
-    print(f"wrote {path}")
+    gif = Path(folder or "out") / "biflow-first.gif"
+    common.save_gif(gif, videos, width=192)
+    print(f"wrote {gif}")
 
 # ---------------------------------------- main
 

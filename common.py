@@ -1013,7 +1013,10 @@ def prefetch(batches, steps):
         pool.shutdown(wait=False, cancel_futures=True)
 
 def make_rng(seed, use, step):
-    """Random numbers as a function of (seed, use, step): a resumed run goes on alike."""
+    """Random numbers as a function of (seed, use, step): a resumed run goes on alike.
+
+    use: another number for each thing that is drawn.
+    """
     mixed = np.random.SeedSequence([seed, use, step]).generate_state(1)  # torch heeds 32 bits only
     return torch.Generator().manual_seed(int(mixed[0]))
 

@@ -815,9 +815,9 @@ def move_picture(cfg, device):
     for label, weights in plan.items():
         net.load_state_dict(weights)
         videos[label] = generate(net.eval(), picture, cfg.steps, cfg.seed, label)
-    path = Path(folder or "out") / "flowloss-first.gif"
-    common.save_gif(path, videos, width=192, ms=120)
-    print(f"wrote {path}")
+    gif = Path(folder or "out") / "flowloss-first.gif"
+    common.save_gif(gif, videos, width=192, ms=120)
+    print(f"wrote {gif}")
 
 # ---------------------------------------- main
 

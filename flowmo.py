@@ -301,7 +301,7 @@ class TextToVideo(nn.Module):
             emb = F.silu(emb)
             fine = self.fine(self.inp(x), emb)  # (B, channels, T, H/2, W/2)
             coarse = self.down(fine)  # (B, d, T, H/4, W/4)
-            # Ours: the sentence times the place, so that 'left' is another place in every frame.
+            # Ours: the sentence times the place; added alone it says the same to every frame.
             place = self.place * self.gain(F.silu(said))[:, None, None]  # (B, T, H W / 16, d)
             h = coarse.flatten(3).permute(0, 2, 3, 1) + place
             h = torch.cat([c, h.flatten(1, 2)], 1)  # (B, L + T H W / 16, d)
@@ -346,9 +346,9 @@ def move_last_word(text, rng):
 
 def train(cfg, clips, captions, out, device):
     """The text-to-video model, as flow matching. Returns it, of averaged weights, and its words."""
-    said = [common.split_words(caption) for caption in captions]
-    words = sorted(set().union(*said))
-    length = max(len(s) for s in said) + SPARE
+    split = [common.split_words(caption) for caption in captions]
+    words = sorted(set().union(*split))
+    length = max(len(caption) for caption in split) + SPARE
     text = common.to_indices(captions, words, length)  # (N, L)
     torch.manual_seed(cfg.seed)
     net = build(cfg, words, length).to(device)
@@ -382,7 +382,7 @@ def train(cfg, clips, captions, out, device):
         z_1 = (to_float(frames.to(device)).transpose(1, 2) - net.mean) / net.std  # (B, 3, T, H, W)
         t, z_0, stays = draw(cfg, step, z_1)
         z = like(1 - t, z_1) * z_1 + like(t, z_1) * z_0  # Eq. 1
-        clip, _ = batches.where(step - 1)  # which clips these are
+        clip, _ = batches.where(step - 1)  # which clips these are; batches count from 0
         said = move_last_word(text[clip], make_rng(cfg.seed, 2, step)) * stays  # (B, L)
         c = net.encode(net.embed(said.to(device)))
         loss = flow_matching_loss(net(z, t, c), z_1, z_0, t).mean()
@@ -462,7 +462,7 @@ def generate(cfg, net, words, prompts, noise, method):
         velocity = common.counted(prompted(net, c, c_0, cfg.guidance_scale))
         z = sample(velocity, noise[a:a + 32], times, guide, guided)
         made.append(to_uint8(z * net.std + net.mean).transpose(1, 2))
-        calls = velocity.calls
+        calls = velocity.calls  # as many for every batch
     return torch.cat(made), calls, (time.perf_counter() - began) / len(noise)
 
 def evaluate(cfg, net, words, prompts, procedural):
@@ -494,16 +494,16 @@ def film_prompt(cfg, device):
         path = folder / "ckpt.pt"
     net, words, made = load_model(path, device, cfg.amp)
     cfg.size = made.size
-    check(cfg)
+    check(cfg)  # --place must divide that size
     common.check_prompt("prompt", cfg.prompt, words, net.length)
     noise = torch.randn(4, *net.shape, generator=make_rng(cfg.seed, 3, 0)).to(device)
     videos = {}
     for method in ("base", "mean"):
         label = METHODS[method]
         videos[label] = generate(cfg, net, words, [cfg.prompt] * 4, noise, method)[0]
-    path = Path(folder or cfg.out_dir or "out") / "flowmo-prompt.gif"
-    common.save_gif(path, videos, width=96, ms=150)
-    print(f"wrote {path}")
+    gif = Path(folder or cfg.out_dir or "out") / "flowmo-prompt.gif"
+    common.save_gif(gif, videos, width=96, ms=150)
+    print(f"wrote {gif}")
 
 # ---------------------------------------- main
 
@@ -552,7 +552,7 @@ def main():
         path = model_path(cfg)
         net, words, made = load_model(path, device, cfg.amp)
         check_model(cfg, made, path)
-    counts = (cfg.clips if trains else 2, 512)  # without --train none is trained on
+    counts = (cfg.clips if trains else 2, 512)  # sampling needs no training clips
     train_clips, test_clips, source = common.load_clips(
         cfg.dataset, cfg.data_dir, cfg.size, counts, cfg.frames, cfg.seed, min_frames=cfg.frames)
     test_captions = common.captions_of(test_clips, cfg.dataset)

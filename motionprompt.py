@@ -459,7 +459,7 @@ class TextToVideo(nn.Module):
             emb = F.silu(emb)
             fine = self.fine(self.inp(x), emb)  # (B, channels, T, H/2, W/2)
             coarse = self.down(fine)  # (B, d, T, H/4, W/4)
-            # Ours: the sentence times the place, so that 'left' is another place in every frame.
+            # Ours: the sentence times the place; added alone it says the same to every frame.
             place = self.place * self.gain(F.silu(said))[:, None, None]  # (B, T, H W / 16, d)
             h = coarse.flatten(3).permute(0, 2, 3, 1) + place
             h = torch.cat([c, h.flatten(1, 2)], 1)  # (B, L + T H W / 16, d)
@@ -806,9 +806,9 @@ def film_prompt(cfg, device):
         label = METHODS[method]
         videos[label] = generate(
             cfg, net, words, raft, disc, [cfg.prompt] * 4, noise, method, [])[0]
-    path = Path(folder or cfg.out_dir or "out") / "motionprompt-prompt.gif"
-    common.save_gif(path, videos, width=96, ms=150)
-    print(f"wrote {path}")
+    gif = Path(folder or cfg.out_dir or "out") / "motionprompt-prompt.gif"
+    common.save_gif(gif, videos, width=96, ms=150)
+    print(f"wrote {gif}")
 
 # ---------------------------------------- main
 
@@ -847,7 +847,7 @@ def main():
     common.check_prompt("tokens", cfg.tokens, words, SPARE)
     if not trains:
         raft, disc = load_disc(cfg, disc_path(cfg), device)
-    counts = (4 * cfg.fakes if trains else 2, 512)  # without --train none is trained on
+    counts = (4 * cfg.fakes if trains else 2, 512)  # sampling needs no training clips
     world = {"steady": 1.0} if cfg.dataset == "sprites" else {}  # real video has no flaws
     train_clips, test_clips, source = common.load_clips(
         cfg.dataset, cfg.data_dir, cfg.size, counts, cfg.frames, cfg.seed, min_frames=cfg.frames,
