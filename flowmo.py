@@ -21,7 +21,7 @@ here 4x4 are one.
 
     python flowmo.py                                    # 2 minutes on two cores
     python flowmo.py --prompt "a red circle moving up"  # one gif, without and with FlowMo's mean
-    python flowmo.py --train --preset tiny              # the shipped model anew: 30 minutes
+    python flowmo.py --train --preset tiny              # the shipped model anew: 50 minutes
 
 The first samples prompts from the same noise without guidance, with a random step as large, with
 FlowMo, and with its mean over places (an ablation of the paper), and prints how many clips move as
@@ -72,7 +72,7 @@ class Config:
     guided: str = opt("5-10", "guided steps from 0, ranges with commas between", free=True)
     eta: float = opt(0.05, "how far a guided step moves every element of z", 0, 100, free=True)
     place: int = opt(4, "pixels (squared) that are one place for the loss", 1, 64, free=True)
-    iters: int = opt(7000, "--train: steps", 1, 10**8)
+    iters: int = opt(12000, "--train: steps", 1, 10**8)
     batch: int = opt(16, "--train: clips in a batch", 1, 65536)
     lr: float = opt(1.5e-3, "--train: AdamW's learning rate", 0, 1)
     size: int = opt(16, "--train: height and width of a frame, a multiple of 4", 8, 1024)

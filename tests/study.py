@@ -878,7 +878,6 @@ def video_model(args):
     """The text-to-video model, its words, held-out prompts and noise of --seed."""
     cfg = flowmo.Config(seed=args.seed, prompts=args.clips)
     net, words, _ = flowmo.load_model(Path(args.model or flowmo.SHIPPED), args.device)
-    net.eval().requires_grad_(False)
     prompts = []
     for k in range(args.clips):
         clip = common.sprites(common.world_rng(args.seed, "test", k), cfg.size, cfg.frames)
@@ -1283,8 +1282,8 @@ def ship_video(args):
     """assets/models/sprites.pt from ckpt.pt of flowmo.py --train (runs), in float16."""
     saved = common.load_checkpoint(Path(args.runs[0]), "flowmo")
     config = {**saved["config"], "out_dir": "", "resume": False}
-    made = dict(command=f"python flowmo.py --train --seed {config['seed']}", commit=commit_here(),
-                steps=saved["step"], minutes=round(saved["log"][-1]["seconds"] / 60),
+    made = dict(command=f"python flowmo.py --train --preset tiny --seed {config['seed']}",
+                commit=commit_here(), steps=saved["step"], minutes=round(saved["log"][-1]["seconds"] / 60),
                 machine=f"{platform.machine()}, one thread of a CPU", torch=str(torch.__version__))
     shipped = dict(script="flowmo", format=common.FORMAT, config=config, step=saved["step"],
                    model=halved(saved["model"]), words=saved["words"], length=saved["length"],
@@ -1301,7 +1300,7 @@ def ship_motionprompt(args):
     raft = common.load_checkpoint(folder / "raft.pt", "motionprompt")
     config = {**saved["config"], "out_dir": "", "resume": False, "model": ""}
     seconds = saved["log"][-1]["seconds"] + raft["log"][-1]["seconds"]
-    made = dict(command=f"python motionprompt.py --train --seed {config['seed']}",
+    made = dict(command=f"python motionprompt.py --train --preset tiny --seed {config['seed']}",
                 commit=commit_here(), steps=[raft["step"], saved["step"]],
                 minutes=round(seconds / 60), torch=str(torch.__version__),
                 machine=f"{platform.machine()}, one thread of a CPU")
