@@ -1,4 +1,5 @@
-"""The equations, solvers, networks and features of biflow.py, each against something that does not share its code."""
+"""Equations, solvers, networks and features of biflow.py, against what shares no code with them."""
+
 import itertools
 import math
 import weakref
@@ -28,15 +29,22 @@ def like(s, x):
     return s.reshape(-1, *[1] * (x.ndim - 1))
 
 
-# ---------------------------------------------------------------------------------------------- losses
+# ---------------------------------------- losses
+
 
 def test_losses_equal_plain_loops():
     x0, x1, n = (randn(3, 3, 2, 2, seed=s) for s in range(3))
     t, a = torch.tensor([0.0, 0.3, 0.9]).double(), torch.tensor([1.0, 0.2, 0.7]).double()
     v = lambda x, t, a: math.sin(3 * x + t) + a * x  # any field, made of single numbers
     w = lambda x, t, a: math.cos(x - a) * t + x * x
-    lift = lambda g: lambda *args: torch.stack([torch.tensor(g(*p)).double() for p in zip(*(
-        s.expand_as(args[0]).flatten().tolist() for s in args))]).view_as(args[0])  # of all pixels
+    lift = lambda g: (
+        lambda *args: torch.stack(
+            [
+                torch.tensor(g(*p)).double()
+                for p in zip(*(s.expand_as(args[0]).flatten().tolist() for s in args))
+            ]
+        ).view_as(args[0])
+    )  # of all pixels
     V, W = lift(v), lift(w)
     flow = biflow.flow_loss(lambda x, t: V(x, like(t, x), like(0 * t, x)), x0, x1, t)
     joint = lambda x, t, a: (V(x, like(t, x), like(a, x)), W(x, like(t, x), like(a, x)))
@@ -45,7 +53,9 @@ def test_losses_equal_plain_loops():
     want = torch.zeros(4, 3).double()
     for b in range(3):
         T, A = t[b].item(), a[b].item()
-        for p, q, z in zip(*(y[b].flatten().tolist() for y in (x0, x1, n))):  # one pixel: last frame, next frame, noise
+        for p, q, z in zip(
+            *(y[b].flatten().tolist() for y in (x0, x1, n))
+        ):  # one pixel: last frame, next frame, noise
             want[0, b] += (v((1 - T) * p + T * q, T, 0) - (q - p)) ** 2 / 12  # Eq. 3
             x = (1 - T) * p + T * q + A * z  # Eq. 4
             want[1, b] += (v(x, T, A) - (q - p)) ** 2 / 12  # Eq. 5
@@ -54,7 +64,7 @@ def test_losses_equal_plain_loops():
     torch.testing.assert_close(torch.stack([flow, *both, con]), want)
 
 
-# ---------------------------------------------------------------------------------------------- one frame onwards
+# ---------------------------------------- one frame onwards
 
 PAIR = tuple(randn(4, 3, 5, 5, seed=s) for s in (10, 11, 12))  # x0, x1, n
 EPS = torch.tensor([0.0, 0.1, 0.5, 1.0]).double()
@@ -98,7 +108,8 @@ def test_denoising_along_alpha_takes_the_noise_off_and_leaves_the_clock_alone():
 
         def f(x, clock, alpha):
             seen.append(clock)
-            return 9 * x, n[:len(x)]  # f_v has no part in it; the same noise on all
+            return 9 * x, n[: len(x)]  # f_v has no part in it; the same noise on all
+
         clean = x0 + like(torch.as_tensor(t), x0) * (x1 - x0)
         noisy = clean + like(EPS, x0) * n
         torch.testing.assert_close(denoise_step(f, noisy, t, EPS, solve_heun)[0], clean)
@@ -106,7 +117,7 @@ def test_denoising_along_alpha_takes_the_noise_off_and_leaves_the_clock_alone():
         assert torch.equal(seen[0], torch.as_tensor(t).double().expand(4))
 
 
-# Gaussian frames: x0 ~ N(0, S0^2), x1 = RHO x0 + R N(0, 1): conditional means are linear, ODEs have closed forms.
+# Gaussian frames: x0 ~ N(0, S0^2), x1 = RHO x0 + R N(0, 1): ODEs have closed forms.
 S0, RHO, R = 0.7, 1.1, 0.5
 S1 = math.sqrt(RHO**2 * S0**2 + R**2)
 
@@ -125,8 +136,12 @@ def test_gaussian_frames_are_carried_by_the_closed_form_map_at_every_eps(back):
     x, n = start * randn(4, 5000), randn(4, 5000, seed=1)
     step = biflow_step_back if back else biflow_step
     got = step(gauss_field, x, n, EPS, exact)[0]
-    noisy = x + EPS[:, None] * n  # its variance start^2 + eps^2 becomes end^2, and the map is linear
-    torch.testing.assert_close(got, noisy * (end / (start**2 + EPS**2).sqrt())[:, None], rtol=1e-5, atol=1e-6)
+    noisy = (
+        x + EPS[:, None] * n
+    )  # its variance start^2 + eps^2 becomes end^2, and the map is linear
+    torch.testing.assert_close(
+        got, noisy * (end / (start**2 + EPS**2).sqrt())[:, None], rtol=1e-5, atol=1e-6
+    )
     assert (got.std(1) / end - 1).abs().max() < 0.03
 
 
@@ -143,15 +158,21 @@ def test_gaussian_frames_are_denoised_by_the_closed_form_map():
 def test_gaussian_condiff_draws_the_next_frame_given_the_last():
     def f(x, x0, alpha):  # E[x1 - n | x, x0] for x = alpha x1 + (1 - alpha) n
         var = alpha**2 * R**2 + (1 - alpha) ** 2
-        return RHO * x0 + like((alpha * R**2 - (1 - alpha)) / var, x) * (x - like(alpha, x) * RHO * x0)
+        return RHO * x0 + like((alpha * R**2 - (1 - alpha)) / var, x) * (
+            x - like(alpha, x) * RHO * x0
+        )
+
     x0, n = S0 * randn(4, 5000), randn(4, 5000, seed=1)
-    torch.testing.assert_close(condiff_step(f, x0, n, exact)[0], RHO * x0 + R * n, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        condiff_step(f, x0, n, exact)[0], RHO * x0 + R * n, rtol=1e-5, atol=1e-6
+    )
 
 
-# ---------------------------------------------------------------------------------------------- solvers
+# ---------------------------------------- solvers
+
 
 def oscillator(x, k, rate, wave=0.0):
-    """Damped rotation; with `wave` it almost halts three times, and steps are rejected after that. x (B, 2)."""
+    """Damped rotation of x (B, 2); with `wave` it almost halts, then steps are rejected."""
     speed = rate * (1 - wave * torch.cos(6 * math.pi * k))
     return like(speed, x) * (torch.stack([-x[:, 1], x[:, 0]], 1) - 0.3 * x)
 
@@ -162,7 +183,7 @@ def oscillator_at_1(x, rate):
 
 
 def accepted(evals, tries):
-    """Accepted steps: an evaluation a try, two to begin with, one after every accepted step but the last."""
+    """Accepted steps: two evaluations to begin with, one a try, one after each but the last."""
     return evals - tries - 1
 
 
@@ -187,7 +208,7 @@ def test_heun_keeps_its_tolerance_on_a_linear_ode(tol):
 
 
 def heun_alone(rate, x, tol):
-    """Adaptive Heun of one sample of `oscillator` at wave 0.95, in plain Python: x(1), evaluations, accepted steps."""
+    """Adaptive Heun of one sample of `oscillator` at wave 0.95: x(1), evaluations, accepted."""
     speed = lambda k: rate * (1 - 0.95 * math.cos(6 * math.pi * k))
     f = lambda x, k: [speed(k) * (-x[1] - 0.3 * x[0]), speed(k) * (x[0] - 0.3 * x[1])]
     add = lambda x, h, s: [p + h * q for p, q in zip(x, s)]
@@ -217,7 +238,7 @@ def test_a_batch_gives_exactly_what_each_sample_alone_and_a_plain_python_solver_
     field = partial(oscillator, wave=0.95)
     x, evals, tries = solve_heun(field, X, (RATE,))
     for i in range(len(X)):
-        alone = solve_heun(field, X[i:i + 1], (RATE[i:i + 1],))
+        alone = solve_heun(field, X[i : i + 1], (RATE[i : i + 1],))
         assert torch.equal(alone[0][0], x[i]) and (alone[1], alone[2]) == (evals[i], tries[i])
         plain = heun_alone(RATE[i].item(), X[i].tolist(), 1e-2)
         assert plain[1:] == (evals[i], accepted(evals, tries)[i])
@@ -231,20 +252,29 @@ def test_a_batch_costs_the_sum_of_its_samples_and_no_slope_is_asked_for_twice(so
 
     def f(x, k, rate, sample):
         asked.extend(zip(sample.tolist(), k.tolist(), map(tuple, x.tolist())))
-        assert torch.equal(rate, RATE[sample])  # rows of args follow their samples, also when others have finished
+        assert torch.equal(
+            rate, RATE[sample]
+        )  # rows of args follow their samples, also when others have finished
         return oscillator(x, k, rate, wave=0.95)
+
     before = X.clone()
     _, evals, tries = solve(f, X, (RATE, torch.arange(6)))
     assert torch.equal(X, before)  # the caller's tensor is left alone
     assert len(asked) == evals.sum() and len(set(asked)) == len(asked)
     for i in range(6):
-        assert sum(s == i for s, _, _ in asked) == evals[i]  # a finished sample is not evaluated again
+        assert (
+            sum(s == i for s, _, _ in asked) == evals[i]
+        )  # a finished sample is not evaluated again
         assert all(0 <= k <= 1 for s, k, _ in asked if s == i)
-    if solve is solve_heun:  # 2 for the first step, a slope for every accepted step but the last; the rest are tries
+    if (
+        solve is solve_heun
+    ):  # 2 for the first step, a slope for every accepted step but the last; the rest are tries
         assert (tries > accepted(evals, tries)).any() and evals.max() > 5 * evals.min()
 
 
-@pytest.mark.parametrize("solve", [partial(solve_heun, tol=1e-5), partial(solve_euler, steps=10000)])
+@pytest.mark.parametrize(
+    "solve", [partial(solve_heun, tol=1e-5), partial(solve_euler, steps=10000)]
+)
 def test_backward_inverts_forward(solve):
     there = solve(oscillator, X[:3], (RATE[:3],))[0]
     back = solve(lambda x, k, rate: -oscillator(x, 1 - k, rate), there, (RATE[:3],))[0]
@@ -271,13 +301,16 @@ def test_a_still_field_and_one_that_breaks_down():
         solve_heun(oscillator, X, (RATE * 100,), max_evals=50)
 
 
-# ---------------------------------------------------------------------------------------------- streaming
+# ---------------------------------------- streaming
+
 
 def test_all_methods_stream_with_the_same_noise_and_frames_are_clamped():
     first, noise = PAIR[0].float(), {}
     for name, gain in (("a", 0.0), ("b", 9.0)):
         step = lambda x, n: (noise.setdefault(name, []).append(n) or gain * n, torch.ones(4), None)
-        frames = [x for x, _ in itertools.islice(stream(step, first, torch.Generator().manual_seed(3)), 3)]
+        frames = [
+            x for x, _ in itertools.islice(stream(step, first, torch.Generator().manual_seed(3)), 3)
+        ]
         assert all(f.shape == first.shape and f.abs().max() <= 1 for f in frames)
     assert all(torch.equal(p, q) for p, q in zip(noise["a"], noise["b"]))
     assert not torch.equal(noise["a"][0], noise["a"][1])
@@ -291,7 +324,8 @@ def test_a_stream_goes_on_for_ever_and_keeps_no_frame_but_the_last():
     assert sum(r() is not None for r in refs) <= 1
 
 
-# ---------------------------------------------------------------------------------------------- network
+# ---------------------------------------- network
+
 
 def parameters(net):
     return sum(p.numel() for p in net.parameters())
@@ -303,8 +337,14 @@ def test_methods_have_the_same_network_but_for_channels(preset):
         nets = biflow.build(biflow.Config(**biflow.PRESETS[preset]))
     count = {m: parameters(net) for m, net in nets.items()}
     assert max(count.values()) / min(count.values()) < 1.2
-    inside = [[p.shape for k, p in net.named_parameters() if ".inp." not in f".{k}" and ".out." not in f".{k}"]
-              for net in (nets["flow"], nets["condiff"].net)]
+    inside = [
+        [
+            p.shape
+            for k, p in net.named_parameters()
+            if ".inp." not in f".{k}" and ".out." not in f".{k}"
+        ]
+        for net in (nets["flow"], nets["condiff"].net)
+    ]
     assert inside[0] == inside[1]
 
 
@@ -338,7 +378,7 @@ def test_amp_and_compile_give_the_same_answers():
     net, x, t = randomised()["flow"], randn(3, 3, 16, 16).float(), torch.tensor([0.1, 0.5, 0.9])
     with torch.no_grad():
         plain, low = net(x, t), randomised(amp=True)["flow"](x, t)
-        # traced as --compile traces it; a compiler of machine code, slow to warm up, is not what is tested
+        # traced as --compile traces it, without the slow compiler of machine code
         traced = torch.compile(net, backend="eager", fullgraph=True)
         again = [traced(x[:k], t[:k]) for k in (3, 2)]  # samples finish, batches shrink
     assert low.dtype == torch.float32 and 0 < (low - plain).abs().max() < 0.03 * plain.abs().max()
@@ -346,28 +386,42 @@ def test_amp_and_compile_give_the_same_answers():
         torch.testing.assert_close(y, plain[:k], rtol=1e-4, atol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------- Frechet distance
+# ---------------------------------------- Frechet distance
+
 
 def test_frechet_equals_closed_forms_of_gaussians():
-    white = lambda x: (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T  # exactly N(0, I)
-    a, b, p, q = white(randn(200, 3)), white(randn(200, 3, seed=1)), randn(3, 3, seed=2), randn(3, 3, seed=3)
+    white = lambda x: (
+        (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
+    )  # exactly N(0, I)
+    a, b, p, q = (
+        white(randn(200, 3)),
+        white(randn(200, 3, seed=1)),
+        randn(3, 3, seed=2),
+        randn(3, 3, seed=3),
+    )
     m, s = torch.tensor([[0.5, -1, 2], [0.5, 1, 3]]).double()
     assert frechet(a, b * s + m) == pytest.approx((m**2 + (1 - s) ** 2).sum().item(), rel=1e-9)
     w = torch.linalg.eigvals(p @ p.T @ q @ q.T).real  # another way to the trace of the root
     want = ((p**2).sum() + (q**2).sum() - 2 * w.sqrt().sum()).item()
     assert frechet(a @ p.T, b @ q.T) == pytest.approx(want, rel=1e-9)
-    assert abs(frechet(a @ p.T, a @ p.T)) < 1e-9 and frechet(a, b @ q.T) == pytest.approx(frechet(b @ q.T, a), abs=1e-9)
+    assert abs(frechet(a @ p.T, a @ p.T)) < 1e-9 and frechet(a, b @ q.T) == pytest.approx(
+        frechet(b @ q.T, a), abs=1e-9
+    )
 
 
 @cache
 def sky_clips():
     """Test clips as the reference, train clips to be corrupted, uint8 (N, 8, 3, 32, 32)."""
-    clips = lambda split, count: torch.stack(common.render("sky", split, count, 32, 32, 0).cache).unflatten(1, (4, 8)).flatten(0, 1)
+    clips = lambda split, count: (
+        torch.stack(common.render("sky", split, count, 32, 32, 0).cache)
+        .unflatten(1, (4, 8))
+        .flatten(0, 1)
+    )
     return clips("test", 100), clips("train", 40)
 
 
 def blur(v, sigma):
-    k = torch.exp(-torch.arange(-4, 5) ** 2 / (2 * sigma**2 + 1e-9))
+    k = torch.exp(-(torch.arange(-4, 5) ** 2) / (2 * sigma**2 + 1e-9))
     x = v.flatten(0, 2)[:, None].float()  # (N T 3, 1, H, W)
     for shape, pad in (((1, 1, 1, 9), (4, 4, 0, 0)), ((1, 1, 9, 1), (0, 0, 4, 4))):
         x = F.conv2d(F.pad(x, pad, mode="reflect"), (k / k.sum()).view(shape))
@@ -381,7 +435,7 @@ def noise(v, sigma):
 def shuffle(v, share):
     """That share of the clips with their frames in random order."""
     rng, v = np.random.default_rng(0), v.clone()
-    for clip in v[:round(share * len(v))]:
+    for clip in v[: round(share * len(v))]:
         clip[:] = clip[torch.from_numpy(rng.permutation(8))]
     return v
 
@@ -390,13 +444,24 @@ def freeze(v, hold):
     return v[:, torch.arange(8) // hold * hold]
 
 
-@pytest.mark.parametrize("harm, levels", [(blur, (0, 0.5, 0.7, 1, 2)), (noise, (0, 4, 8, 16, 32)),
-                                          (shuffle, (0, 0.2, 0.4, 0.7, 1)), (freeze, (1, 2, 4, 8))])
+@pytest.mark.parametrize(
+    "harm, levels",
+    [
+        (blur, (0, 0.5, 0.7, 1, 2)),
+        (noise, (0, 4, 8, 16, 32)),
+        (shuffle, (0, 0.2, 0.4, 0.7, 1)),
+        (freeze, (1, 2, 4, 8)),
+    ],
+)
 def test_our_distance_rises_monotonically_under(harm, levels):
     reference, clips = sky_clips()
-    distance = [frechet(own_features(harm(clips, level)), own_features(reference)) for level in levels]
+    distance = [
+        frechet(own_features(harm(clips, level)), own_features(reference)) for level in levels
+    ]
     steps = np.diff(distance)
-    assert (steps > distance[0]).all(), distance  # each by more than the floor, the distance of real clips
+    assert (steps > distance[0]).all(), (
+        distance
+    )  # each by more than the floor, the distance of real clips
     assert distance[-1] > 50 * distance[0]
 
 
@@ -406,7 +471,10 @@ def test_our_features_work_at_the_smallest_size():
 
 
 def test_real_clips_are_drawn_without_repetition_and_too_few_are_a_fault():
-    held = [torch.arange(n).add(50 * k).view(-1, 1, 1, 1).expand(-1, 3, 2, 2) for k, n in enumerate((20, 7, 17))]
+    held = [
+        torch.arange(n).add(50 * k).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+        for k, n in enumerate((20, 7, 17))
+    ]
     clips = common.Clips(lengths=[20, 7, 17], size=2, cache=held)
     starts = biflow.real_clips(clips, 10, 0)[:, 0, 0, 0, 0].tolist()
     assert sorted(starts) == [0, 8, 100, 108] and len(biflow.real_clips(clips, 3, 0)) == 3
@@ -414,7 +482,8 @@ def test_real_clips_are_drawn_without_repetition_and_too_few_are_a_fault():
         biflow.real_clips(common.Clips(lengths=[15], size=2, cache=held[:1]), 10, 0)
 
 
-# ---------------------------------------------------------------------------------------------- shipped networks
+# ---------------------------------------- shipped networks
+
 
 def test_the_shipped_networks_know_the_sky_and_say_how_they_were_made():
     saved = common.load_checkpoint(biflow.SHIPPED, "biflow")

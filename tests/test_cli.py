@@ -89,7 +89,7 @@ def train_on(run):
         assert run("--out_dir", "o", "--resume", tiny=False)[0] == 130
 
 
-# --- end to end -----------------------------------------------------------------------------------
+# ---------------------------------------- end to end
 
 def test_a_run_writes_its_files_and_nothing_else(finished, whole):
     cwd, _ = finished("biflow")
@@ -147,7 +147,7 @@ def test_the_pictures_show_something(whole, name):
         assert min(image.size) > 50 and len(image.convert("RGB").getcolors(1 << 20)) > 20
 
 
-# --- a folder that holds a run --------------------------------------------------------------------
+# ---------------------------------------- a folder that holds a run
 
 def test_eval_only_needs_no_other_flag_and_repeats_the_numbers(run, out, tmp_path):
     (tmp_path / "out").mkdir()
@@ -168,7 +168,7 @@ def test_eval_only_may_sample_more(run, out):
 def test_eval_only_wants_a_training_that_came_to_its_end(run, out):
     saved = torch.load(out / "ckpt.pt", weights_only=True)
     torch.save(saved | dict(step=4), out / "ckpt.pt")
-    refused(run("--out_dir", "o", "--eval_only", tiny=False), "ckpt.pt has 4 of 6 steps", "--resume")
+    refused(run("--out_dir", "o", "--eval_only", tiny=False), "ckpt.pt has 4 of 6 steps")
 
 
 @pytest.mark.parametrize("flags, had", [
@@ -181,7 +181,7 @@ def test_what_was_trained_cannot_be_changed(run, out, flags, had):
     assert content(out) == before
 
 
-# --- stopped --------------------------------------------------------------------------------------
+# ---------------------------------------- stopped
 
 def test_ctrl_c_saves_and_ends_in_one_line(run, tmp_path):
     status, _, err = interrupted(run, 4)
@@ -254,7 +254,7 @@ def test_a_solver_that_breaks_down_is_one_line(run, out, monkeypatch):
     assert content(out) == before
 
 
-# --- real clips -----------------------------------------------------------------------------------
+# ---------------------------------------- real clips
 
 def write_clips(folder, count, frames):
     for k in range(count):
@@ -331,7 +331,7 @@ def test_clips_too_short_to_measure_a_distance_are_refused_before_training(
     assert not (tmp_path / "out").exists()
 
 
-# --- your own picture -----------------------------------------------------------------------------
+# ---------------------------------------- your own picture
 
 def picture(path, size=(33, 70), mode="RGB"):
     """A picture of one colour, but for what is beyond its centred square."""
@@ -419,7 +419,7 @@ def test_a_run_that_is_named_and_not_there_is_not_replaced_by_the_shipped_model(
     assert content(Path()).keys() == {"a.png"}
 
 
-# --- bad input ------------------------------------------------------------------------------------
+# ---------------------------------------- bad input
 
 @pytest.mark.parametrize("flags, says", [
     ("--dataset nonsense", "--dataset nonsense: no clips found: looked in data/nonsense"),
@@ -440,7 +440,7 @@ def test_bad_input_is_one_clear_line_and_nothing_is_written(run, tmp_path, flags
     assert content(tmp_path) == {"file": b"not a folder"}
 
 
-# --- the README -----------------------------------------------------------------------------------
+# ---------------------------------------- the README
 
 def test_readme_and_results_show_all_pictures_that_are_there_and_no_others():
     shown = set(re.findall(r"!\[[^]]*\]\((assets/[^)]+)\)", (ROOT / "README.md").read_text()))

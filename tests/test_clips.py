@@ -172,7 +172,7 @@ def test_frames_are_cropped_to_the_centred_square_and_antialiased(tmp_path):
     assert abs(clip.float().mean() - 150) < 5 and clip.float().std() < 25
 
 
-# --- order, and one clip a folder -----------------------------------------------------------------
+# ---------------------------------------- order, and one clip a folder
 
 @pytest.mark.parametrize("names", [
     ["1305031102.975304.png", "1305031103.011312.png", "1305031103.043227.png"],
@@ -233,7 +233,7 @@ def test_two_counters_that_cross_are_read_as_one_clip_and_said(tmp_path, capsys,
     assert said == crossed
 
 
-# --- time -----------------------------------------------------------------------------------------
+# ---------------------------------------- time
 
 @pytest.mark.parametrize("ext", ["gif", "webp"])
 def test_ten_frames_of_which_some_repeat_come_back_as_ten(tmp_path, ext):
@@ -265,7 +265,7 @@ def test_a_gif_without_any_duration_shows_each_frame_once(tmp_path):
     assert load(tmp_path)[0].lengths == [6]
 
 
-# --- train and test -------------------------------------------------------------------------------
+# ---------------------------------------- train and test
 
 @pytest.mark.parametrize("train, test", [
     ("train", "test"), ("sky_train", "sky_test"), ("Training", "val"), ("train", "validation")])
@@ -310,7 +310,7 @@ def test_without_split_folders_clips_are_split_80_20_and_the_same_every_time(tmp
     assert load(tmp_path)[0].names == train.names
 
 
-# --- values ---------------------------------------------------------------------------------------
+# ---------------------------------------- values
 
 @pytest.mark.parametrize("odd", [1.0000012, -0.001, 1.04])
 def test_a_value_a_little_outside_changes_nothing_else(tmp_path, odd, capsys):
@@ -425,7 +425,7 @@ def test_what_is_transparent_is_black(tmp_path):
             assert abs(clip[:, :, 5].mean() - 200) < 3, name
 
 
-# --- where clips are found ------------------------------------------------------------------------
+# ---------------------------------------- where clips are found
 
 def test_hidden_and_at_folders_and_hidden_files_are_not_read(tmp_path):
     for name in ("a", "b"):
@@ -474,7 +474,7 @@ def test_a_folder_of_videos_is_told_how_to_make_frames(tmp_path, ext):
     refuses(tmp_path, f'ffmpeg -i "{frames}.{ext}" "{frames}/%05d.png"')
 
 
-# --- broken clips ---------------------------------------------------------------------------------
+# ---------------------------------------- broken clips
 
 class Runs:  # a pickle with code: unpickling it would make a file
     def __init__(self, path):
@@ -537,7 +537,7 @@ def test_no_usable_clip_or_an_empty_folder_is_a_fault(tmp_path):
     refuses(tmp_path, "no usable", "of 2 frames or more")
 
 
-# --- memory, and the record -----------------------------------------------------------------------
+# ---------------------------------------- memory, and the record
 
 def test_a_clip_of_more_frames_than_files_may_be_open_is_read(tmp_path):
     resource = pytest.importorskip("resource")
@@ -680,7 +680,7 @@ def test_real_clips_and_a_world_do_not_stand_in_for_each_other(five, trained, he
         check_record(*found[here], data_record(*found[trained]), "HERE")
 
 
-# --- a picture ------------------------------------------------------------------------------------
+# ---------------------------------------- a picture
 
 def test_a_picture_is_turned_as_its_exif_says(tmp_path):
     turned_picture(tmp_path / "a.jpg")

@@ -45,7 +45,7 @@ def says(text):
     return pytest.raises(Fault, match=f"^(?!.*\\n).*{text}")
 
 
-# --- worlds ---------------------------------------------------------------------------------------
+# ---------------------------------------- worlds
 
 @pytest.mark.parametrize("name", common.WORLDS)
 def test_a_world_is_a_function_of_seed_split_and_index(name):
@@ -125,7 +125,7 @@ def test_the_wind_does_not_follow_the_hour_if_unknown():
     assert abs(sky_winds("unknown")) < 0.35
 
 
-# --- batches --------------------------------------------------------------------------------------
+# ---------------------------------------- batches
 
 def numbered(*lengths):
     """Clips of which frame i of clip k is grey 10 k + i."""
@@ -232,7 +232,7 @@ def test_noise_is_the_same_for_the_same_key():
     assert torch.equal(a, b)
 
 
-# --- the command line -----------------------------------------------------------------------------
+# ---------------------------------------- the command line
 
 def test_what_is_given_goes_over_the_preset_and_that_over_the_default():
     cfg = parse("--preset small --lr 0.3")
@@ -278,7 +278,7 @@ def test_a_device_that_is_not_there_is_a_fault():
         common.pick_device("nonsense")
 
 
-# --- a run goes on --------------------------------------------------------------------------------
+# ---------------------------------------- a run goes on
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
@@ -384,7 +384,7 @@ def test_a_folder_that_cannot_be_written_is_a_fault(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
-# --- what a run writes ----------------------------------------------------------------------------
+# ---------------------------------------- what a run writes
 
 def no_space(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
@@ -541,7 +541,7 @@ def test_a_table_is_aligned():
     assert common.table(rows, columns) == "name  value  n\nx      1.23  -\nlong  20.00  3"
 
 
-# --- pictures -------------------------------------------------------------------------------------
+# ---------------------------------------- pictures
 
 def plain(count, size, *colour):
     """Frames of one colour, uint8 (count, 3, size, size)."""

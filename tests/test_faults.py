@@ -29,7 +29,7 @@ import motionprompt
 from conftest import ROOT, TINY, content, refused, rendered, same_weights
 
 STAGED = [flowloss, flowmo, motionprompt]
-FIRST = {"flowloss": "raft.pt", "motionprompt": "raft.pt"}  # the checkpoint that a run writes first, if not ckpt.pt
+FIRST = {"flowloss": "raft.pt", "motionprompt": "raft.pt"}  # what a run saves first, or ckpt.pt
 NETWORKS = {"flowloss": 3, "flowmo": 1, "motionprompt": 2}  # trained one after the other
 CLOCK = {"ms_per_frame", "s_per_step", "s_per_video", "cost_ratio"}
 
@@ -95,7 +95,7 @@ def ctrl_c(*_):
     signal.raise_signal(signal.SIGINT)
 
 
-# --- stopped --------------------------------------------------------------------------------------
+# ---------------------------------------- stopped
 
 def test_a_script_runs_from_anywhere(staged, tmp_path):
     command = [sys.executable, str(ROOT / f"{staged.__name__}.py"), "--dataset", "nowhere"]
@@ -166,7 +166,7 @@ def test_a_full_disk_is_one_line(script, runner, monkeypatch):
     assert content(Path("o")).keys() == {"config.json"}
 
 
-# --- a folder that holds a run --------------------------------------------------------------------
+# ---------------------------------------- a folder that holds a run
 
 def test_a_second_run_into_a_folder_is_refused_and_changes_nothing(script, runner, whole):
     out = shutil.copytree(whole(script), "o")
@@ -211,7 +211,7 @@ def test_no_flag_that_shapes_the_training_is_free(script):
     assert bound >= shapes
 
 
-# --- data -----------------------------------------------------------------------------------------
+# ---------------------------------------- data
 
 def clips_of_noise(folder, count=10, frames=10, size=32):
     """Real clips with captions, as folders of frames."""
@@ -241,7 +241,7 @@ def test_clips_that_vanish_are_one_line(script, runner, monkeypatch):
     ends_in_one_line(runner(script)("--dataset", "mine"), "cannot be read any more")
 
 
-# --- flags ----------------------------------------------------------------------------------------
+# ---------------------------------------- flags
 
 def test_every_number_has_a_range_and_is_refused_outside_it(script, runner):
     run = runner(script)
@@ -265,7 +265,7 @@ def test_the_help_fits_two_screens(script, monkeypatch, capsys):
     assert 40 < len(lines) <= 100 and max(map(len, lines)) <= 100
 
 
-# --- the code -------------------------------------------------------------------------------------
+# ---------------------------------------- the code
 
 # They may use float64: what they take is on the CPU.
 ON_CPU = {"own_features", "frechet", "karras_sigmas"}

@@ -260,14 +260,17 @@ def test_look_up_equals_a_plain_loop():
         pooled = F.avg_pool2d(c[None, None], 2)[0, 0]
         px, py = at[0, :, y, x].tolist()
         levels = (c, px, py), (pooled, (px + 0.5) / 2 - 0.5, (py + 0.5) / 2 - 0.5)
-        want = [bilinear(image, qx + dx, qy + dy) for image, qx, qy in levels for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+        around = list(itertools.product((-1, 0, 1), (-1, 0, 1)))  # dy, dx
+        want = [bilinear(image, x + dx, y + dy) for image, x, y in levels for dy, dx in around]
         assert got[:, y, x].tolist() == pytest.approx(want, abs=1e-5)
 
 
 def test_upsampling_keeps_a_constant_and_with_the_right_weights_a_linear_flow():
     constant = torch.tensor([1.5, -2.0]).view(1, 2, 1, 1).expand(1, 2, 4, 5)
-    torch.testing.assert_close(upsample(constant, randn(1, 36, 4, 5)), 2 * constant[..., :1, :1].expand(1, 2, 8, 10))
-    mask = torch.full((1, 9, 2, 2, 4, 5), -1e4)  # fine pixel (r, s) of a cell: half way to the neighbour below, right
+    want = 2 * constant[..., :1, :1].expand(1, 2, 8, 10)
+    torch.testing.assert_close(upsample(constant, randn(1, 36, 4, 5)), want)
+    # Fine pixel (r, s) of a cell: half way to the neighbour below, right.
+    mask = torch.full((1, 9, 2, 2, 4, 5), -1e4)
     for r, s in itertools.product((0, 1), (0, 1)):
         for dy, dx in itertools.product((0, r), (0, s)):
             mask[0, 3 * (1 + dy) + 1 + dx, r, s] = 0
@@ -290,16 +293,22 @@ def test_without_the_cut_autograd_is_the_gradient_of_the_flow_and_with_it_it_is_
         slopes.append((torch.autograd.grad(value(x, detach), x)[0] * way).sum().item())
     h = 1e-6
     finite = (value(a + h * way, False) - value(a - h * way, False)).item() / (2 * h)
-    assert slopes[0] == pytest.approx(finite, rel=1e-4) and abs(slopes[1] - finite) > 0.05 * abs(finite)
+    assert slopes[0] == pytest.approx(finite, rel=1e-4)
+    assert abs(slopes[1] - finite) > 0.05 * abs(finite)
 
 
 def test_the_raft_works_from_24_pixels_up_and_depends_on_no_other_sample(monkeypatch):
     raft, coarse, upsample = TinyRAFT().eval(), [], flowloss.upsample
-    monkeypatch.setattr(flowloss, "upsample", lambda f, mask: coarse.append(2 * f.shape[-1]) or upsample(f, mask))
+
+    def noted(flow, mask):
+        coarse.append(2 * flow.shape[-1])
+        return upsample(flow, mask)
+
+    monkeypatch.setattr(flowloss, "upsample", noted)
     for size in (24, 30, 64, 100):
         a, b = randn(3, 3, size, size), randn(3, 3, size, size, seed=1)
         flow = raft(a, b)
-        assert size % coarse[-1] == 0  # made smaller and larger by a whole factor, or flow would lie askew
+        assert size % coarse[-1] == 0  # by a whole factor, or flow would lie askew
         assert flow.shape == (3, 2, size, size) and flow.isfinite().all()
         torch.testing.assert_close(raft(a[1:2], b[1:2]), flow[1:2], rtol=1e-4, atol=1e-4)
     assert len(raft(a, b, updates=3, every=True)) == 3
@@ -351,7 +360,8 @@ def test_measures_of_videos_equal_plain_loops():
     flow = randn(2, 3, 2, 4, 4)
     true = randn(2, 3, 2, 4, 4, seed=1)
     got = flowloss.end_point_error(flow, true)
-    assert got[1, 2, 3, 0].item() == pytest.approx(math.dist(flow[1, 2, :, 3, 0], true[1, 2, :, 3, 0]))
+    want = math.dist(flow[1, 2, :, 3, 0], true[1, 2, :, 3, 0])
+    assert got[1, 2, 3, 0].item() == pytest.approx(want)
 
     found = flowloss.flow_of(shear, a)
     x = common.to_float(a)
@@ -376,7 +386,7 @@ def test_a_few_steps_teach_the_raft_a_constant_motion():
     assert errors[-1] < 0.25 * errors[0]
 
 
-# ---------------------------------------------------------------------------------------------- worlds
+# ---------------------------------------- worlds
 
 @pytest.mark.parametrize("name", ["robot", "shapes"])
 def test_warping_by_the_exact_flow_reproduces_the_next_frame_where_visible(name):
@@ -395,7 +405,7 @@ def test_the_block_of_the_robot_world_is_pushed_and_the_background_rests():
     d = common.robot(common.world_rng(0, "test", 0), 32, 16, flow=True)
     speed = d["flow"].square().sum(1).sqrt()  # (15, 32, 32)
     assert (speed == 0).float().mean() > 0.6 and speed.amax((1, 2))[3] > 0.5
-    assert speed[:4, 20:].max() < speed[8:12, 20:].max()  # on the table things move once the block is pushed
+    assert speed[:4, 20:].max() < speed[8:12, 20:].max()  # the block moves once it is pushed
     assert speed[[0, -1]].max() < 0.5 * speed.max()  # smooth at both ends
 
 
@@ -404,9 +414,10 @@ def test_two_frames_of_the_robot_world_at_any_times_are_those_of_the_clip_and_th
     clip, pair = at(frames=16), at(frames=2, clock=np.array([2, 13]) / 15)
     assert torch.equal(pair["video"], clip["video"][[2, 13]])
     video, flow = common.to_float(pair["video"]), pair["flow"]
-    on = (flow.square().sum(1).sqrt() > 8) & pair["visible"]  # far beyond what neighbouring frames move
+    on = (flow.square().sum(1).sqrt() > 8) & pair["visible"]  # more than neighbours move
     apart = lambda a, b: (a - b).abs().mean(1)[on].median()
-    assert on.sum() > 50 and apart(warp(video[1:], flow), video[:1]) < 0.2 * apart(video[1:], video[:1])
+    assert on.sum() > 50
+    assert apart(warp(video[1:], flow), video[:1]) < 0.2 * apart(video[1:], video[:1])
 
 
 # ---------------------------------------- end to end

@@ -24,7 +24,7 @@ def field(z):
     return (1.3 * z).sin() + 0.2 * z.roll(1, 2) * z
 
 
-# --- the method -----------------------------------------------------------------------------------
+# ---------------------------------------- the method
 
 def loss_by_loops(u, over=max):
     """Eqs. 2 to 8 as loops over one video (C, T, H, W)."""
@@ -183,7 +183,7 @@ def test_guidance_by_the_prompt_is_that_of_diffusers_in_one_batch():
     assert network.sizes == [2, 2, 4, 4]
 
 
-# --- sampler --------------------------------------------------------------------------------------
+# ---------------------------------------- sampler
 
 def test_the_time_grid_is_linear_or_follows_the_formula():
     assert time_grid(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
@@ -224,7 +224,7 @@ def test_guided_steps_are_those_named_and_the_others_are_untouched():
     assert seen == pytest.approx([5 / 6, 3 / 6], abs=1e-3) and not torch.equal(guided, free)
 
 
-# --- network --------------------------------------------------------------------------------------
+# ---------------------------------------- network
 
 def tiny_network(amp=False):
     torch.manual_seed(0)
@@ -287,7 +287,7 @@ def test_the_last_word_moves_over_the_free_places_and_nothing_else_does():
     assert (moved[1::3, :3].sum(1) == 1).all()
 
 
-# --- the world and its captions -------------------------------------------------------------------
+# ---------------------------------------- the world and its captions
 
 def drawn(n=300, size=16):
     clips = [common.sprites(common.world_rng(0, "test", k), size, 8) for k in range(n)]
@@ -360,7 +360,7 @@ def test_the_bootstrap_is_the_normal_interval_of_a_mean():
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
 
 
-# --- end to end -----------------------------------------------------------------------------------
+# ---------------------------------------- end to end
 
 @pytest.fixture
 def run(runner):
@@ -375,7 +375,8 @@ def model(finished, monkeypatch):
     return path
 
 
-SHAPE = ["--frames", 6, "--width", 32, "--layers", 1, "--prompts", 4, "--steps", 4, "--guided", "0-1"]
+SHAPE = ["--frames", 6, "--width", 32, "--layers", 1, "--prompts", 4, "--steps", 4,
+         "--guided", "0-1"]
 
 
 def test_without_train_it_samples_from_the_shipped_model_again_and_again(run, model):
@@ -408,8 +409,8 @@ def test_a_prompt_becomes_one_gif_and_an_unknown_word_is_named(run, model):
     assert status == 0 and "wrote out/flowmo-prompt.gif" in text, err
     with Image.open("out/flowmo-prompt.gif") as image:
         assert image.n_frames > 1
-    refused(run("--prompt", "a purple circle", tiny=False), "does not know 'purple'", "it knows a, ",
-            "yellow")
+    refused(run("--prompt", "a purple circle", tiny=False),
+            "does not know 'purple'", "it knows a, ", "yellow")
     refused(run("--prompt", "a red circle", "--dataset", "mine", tiny=False),
             "--prompt: there is no run on mine in out/")
 
@@ -457,7 +458,7 @@ def test_bad_input_is_one_clear_line_and_exit_status_2(run, tmp_path, flags, say
     assert not list(tmp_path.rglob("*.pt"))
 
 
-# --- the shipped model ----------------------------------------------------------------------------
+# ---------------------------------------- the shipped model
 
 def test_the_shipped_model_obeys_prompts_and_words_and_says_how_it_was_made():
     assert flowmo.SHIPPED.stat().st_size < 3.1e6

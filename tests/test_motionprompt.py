@@ -23,14 +23,18 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# --- the loss -------------------------------------------------------------------------------------
+# ---------------------------------------- the loss
 
 def test_total_variation_equals_a_plain_loop_and_is_zero_for_constant_flow():
     flow = randn(2, 2, 3, 4)
     want = []
     for f in flow:
-        right = [abs(f[c, y, x + 1] - f[c, y, x]) for c in range(2) for y in range(3) for x in range(3)]
-        down = [abs(f[c, y + 1, x] - f[c, y, x]) for c in range(2) for y in range(2) for x in range(4)]
+        right = []
+        for c, y, x in itertools.product(range(2), range(3), range(3)):
+            right.append(abs(f[c, y, x + 1] - f[c, y, x]))
+        down = []
+        for c, y, x in itertools.product(range(2), range(2), range(4)):
+            down.append(abs(f[c, y + 1, x] - f[c, y, x]))
         want.append((sum(right) / len(right) + sum(down) / len(down)).item())
     assert total_variation(flow).tolist() == pytest.approx(want)
     assert total_variation(torch.full((1, 2, 5, 5), 3.0)).item() == 0
@@ -74,7 +78,7 @@ def test_two_frames_of_a_pair_are_decoded_and_no_more():
         flow_of_pairs(D, i, j, lambda z: z[:, :, [0, 0, 0, 1, 1]], lambda a, b: a[:, :2])
 
 
-# --- the method on a toy: the last token is a motion, and one motion is the best -------------------
+# ---------------------------------------- a toy: the last token is a motion, and one is the best
 
 L, d = 4, 3
 PROMPT, START, MIX = randn(2, L, d), torch.zeros(2, 1, d), randn(d, 3, seed=5)
@@ -142,7 +146,8 @@ def test_the_other_steps_have_the_plain_prompt_and_guided_ones_the_tokens():
 def test_tokens_go_on_from_step_to_step_with_adam_anew():
     _, path = sample(guided=(0, 1), K=1, lr=0.1)
     first = (path[0] - START).abs()
-    torch.testing.assert_close(first, torch.full_like(first, 0.1), atol=1e-3, rtol=0)  # Adam's first
+    # Adam's first step
+    torch.testing.assert_close(first, torch.full_like(first, 0.1), atol=1e-3, rtol=0)
     second = (path[1] - path[0]).abs()
     torch.testing.assert_close(second, torch.full_like(second, 0.1), atol=1e-3, rtol=0)
 
@@ -215,7 +220,7 @@ def test_the_method_pastes_as_one_block():
     assert torch.equal(pasted["optimise_tokens"](*args), optimise_tokens(*args))
 
 
-# --- EDM out of flow matching ---------------------------------------------------------------------
+# ---------------------------------------- EDM out of flow matching
 
 def test_the_optimum_of_flow_matching_read_as_edm_is_edms_optimum_on_a_gaussian():
     s = 1.7  # data N(0, s^2); both optima in closed form
@@ -267,7 +272,7 @@ def test_tokens_stand_right_behind_the_words():
     assert torch.equal(got[0, :2], prompt[0, :2]) and torch.equal(got[0, 4:], prompt[0, 4:])
 
 
-# --- networks -------------------------------------------------------------------------------------
+# ---------------------------------------- networks
 
 def section(script, name):
     text = inspect.getsource(script)
@@ -322,7 +327,7 @@ def test_turned_flow_is_the_flow_of_turned_clips():
     for seed in range(30):
         turned = motionprompt.turn(flow, torch.Generator().manual_seed(seed))
         place = motionprompt.turn(grid[None] - 1.5, torch.Generator().manual_seed(seed))[0]
-        # place[:, y, x] holds, turned as a vector, where pixel (x, y) came from: its own place again
+        # place[:, y, x] holds, turned as a vector, where pixel (x, y) came from
         torch.testing.assert_close(place, grid - 1.5)
         sizes = turned.square().sum(1).flatten().sort().values
         torch.testing.assert_close(sizes, flow.square().sum(1).flatten().sort().values)
@@ -330,7 +335,7 @@ def test_turned_flow_is_the_flow_of_turned_clips():
     assert len(seen) == 8
 
 
-# --- end to end -----------------------------------------------------------------------------------
+# ---------------------------------------- end to end
 
 @pytest.fixture
 def run(runner):
@@ -362,7 +367,8 @@ def test_a_prompt_becomes_one_gif_and_unknown_words_are_named(run):
     with Image.open("out/motionprompt-prompt.gif") as image:
         assert image.n_frames > 1
     refused(run("--prompt", "a purple circle", tiny=False), "does not know 'purple'", "yellow")
-    refused(run("--tokens", "smooth", tiny=False), "--tokens 'smooth'", "does not know", "authentic")
+    refused(run("--tokens", "smooth", tiny=False),
+            "--tokens 'smooth'", "does not know", "authentic")
     refused(run("--prompt", "a red circle", "--out_dir", "nowhere", tiny=False),
             "--prompt: there is no run on sprites in nowhere")
 
@@ -381,7 +387,7 @@ def test_bad_input_is_one_clear_line_and_exit_status_2(run, tmp_path, flags, say
     assert not list(tmp_path.rglob("*.pt"))
 
 
-# --- the shipped models ---------------------------------------------------------------------------
+# ---------------------------------------- the shipped models
 
 def test_the_shipped_raft_sees_motion_and_the_discriminator_tells_steady_from_flawed():
     path = motionprompt.SHIPPED

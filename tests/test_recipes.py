@@ -1,4 +1,5 @@
 """recipes.py against pipelines of diffusers with tiny random weights."""
+
 import copy
 import subprocess
 import sys
@@ -30,32 +31,65 @@ def peers():
 def tokenizer(words):
     """Whole words between begin and end, padded: no file and no network."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
     names = ["<pad>", "<s>", "</s>", "<unk>", *words.split()]
     core = Tokenizer(models.WordLevel({w: k for k, w in enumerate(names)}, "<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    core.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>")
+    core.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", unk_token="<unk>"
+    )
 
 
 def gradients(*modules):
     return [p for m in modules for p in m.parameters() if p.requires_grad or p.grad is not None]
 
 
-# -------------------------------------------------------------------------------------------------------- FlowMo in Wan
+# ---------------------------------------- FlowMo in Wan
+
 
 @pytest.fixture(scope="module")
 def wan(peers):
     torch.manual_seed(0)
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from diffusers import (
+        AutoencoderKLWan,
+        UniPCMultistepScheduler,
+        WanPipeline,
+        WanTransformer3DModel,
+    )
+
     words = "a red circle moving left"
-    text = transformers.UMT5EncoderModel(transformers.UMT5Config(
-        vocab_size=16, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).eval()
-    net = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
-                                text_dim=16, freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32)
-    vae = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
-                           temperal_downsample=[False, True, True])
-    plan = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
-    return WanPipeline(tokenizer=tokenizer(words), text_encoder=text, vae=vae, transformer=net, scheduler=plan)
+    text = transformers.UMT5EncoderModel(
+        transformers.UMT5Config(
+            vocab_size=16, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+        )
+    ).eval()
+    net = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+    )
+    plan = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    )
+    return WanPipeline(
+        tokenizer=tokenizer(words), text_encoder=text, vae=vae, transformer=net, scheduler=plan
+    )
 
 
 def wan_run(wan, monkeypatch, guided, eta=0.05, **more):
@@ -75,8 +109,15 @@ def wan_run(wan, monkeypatch, guided, eta=0.05, **more):
     with monkeypatch.context() as m:
         m.setattr(recipes, "flowmo_step", watched)
         m.setattr(wan.scheduler, "step", noted)
-        video = recipes.wan_flowmo(wan, "a red circle moving left", guided=guided, eta=eta, steps=6,
-                                   size=(17, 32, 32), **more)
+        video = recipes.wan_flowmo(
+            wan,
+            "a red circle moving left",
+            guided=guided,
+            eta=eta,
+            steps=6,
+            size=(17, 32, 32),
+            **more,
+        )
     return video, after, losses
 
 
@@ -126,19 +167,40 @@ def test_without_the_reset_unipc_undoes_flowmo(wan, monkeypatch):
 def test_flowmo_in_wans_image_to_video(wan, monkeypatch):
     from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
     from diffusers.pipelines.wan import pipeline_wan_i2v
+
     no_mending = SimpleNamespace(fix_text=lambda text: text)  # ftfy, which may not be installed
     monkeypatch.setattr(pipeline_wan_i2v, "ftfy", no_mending, raising=False)
     torch.manual_seed(0)
     net = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=36, out_channels=16, text_dim=16,
-        freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32, image_dim=16)
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=36,
+        out_channels=16,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+        image_dim=16,
+    )
     config = transformers.CLIPVisionConfig(
-        hidden_size=16, projection_dim=16, num_hidden_layers=2, num_attention_heads=2,
-        image_size=224, patch_size=56, intermediate_size=16)
+        hidden_size=16,
+        projection_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=224,
+        patch_size=56,
+        intermediate_size=16,
+    )
     pipe = WanImageToVideoPipeline(
-        tokenizer=wan.tokenizer, text_encoder=wan.text_encoder, vae=wan.vae, transformer=net,
-        scheduler=wan.scheduler, image_encoder=transformers.CLIPVisionModel(config).eval(),
-        image_processor=transformers.CLIPImageProcessor())
+        tokenizer=wan.tokenizer,
+        text_encoder=wan.text_encoder,
+        vae=wan.vae,
+        transformer=net,
+        scheduler=wan.scheduler,
+        image_encoder=transformers.CLIPVisionModel(config).eval(),
+        image_processor=transformers.CLIPImageProcessor(),
+    )
     images = moving(1, 1)[:, :, 0], -moving(1, 1)[:, :, 0]
     made = [wan_run(pipe, monkeypatch, range(2), 0.005, image=image) for image in images]
     for video, _, losses in made:
@@ -147,38 +209,67 @@ def test_flowmo_in_wans_image_to_video(wan, monkeypatch):
     assert not torch.allclose(made[0][0], made[1][0], atol=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------------ FlowLoss in SVD
+# ---------------------------------------- FlowLoss in SVD
+
 
 @pytest.fixture
 def svd(peers):
     torch.manual_seed(0)
-    from diffusers import (AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, StableVideoDiffusionPipeline,
-                           UNetSpatioTemporalConditionModel)
+    from diffusers import (
+        AutoencoderKLTemporalDecoder,
+        EulerDiscreteScheduler,
+        StableVideoDiffusionPipeline,
+        UNetSpatioTemporalConditionModel,
+    )
+
     net = UNetSpatioTemporalConditionModel(
-        block_out_channels=(32, 64), layers_per_block=1, sample_size=16, in_channels=8, out_channels=4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        sample_size=16,
+        in_channels=8,
+        out_channels=4,
         down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), cross_attention_dim=16,
-        num_attention_heads=2, projection_class_embeddings_input_dim=24, addition_time_embed_dim=8)
-    vae = AutoencoderKLTemporalDecoder(block_out_channels=[32, 64], down_block_types=["DownEncoderBlock2D"] * 2)
-    image = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(
-        hidden_size=16, projection_dim=16, num_hidden_layers=1, num_attention_heads=2, image_size=224, patch_size=56,
-        intermediate_size=16)).eval()
-    return StableVideoDiffusionPipeline(vae, image, net, EulerDiscreteScheduler(), transformers.CLIPImageProcessor())
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        cross_attention_dim=16,
+        num_attention_heads=2,
+        projection_class_embeddings_input_dim=24,
+        addition_time_embed_dim=8,
+    )
+    vae = AutoencoderKLTemporalDecoder(
+        block_out_channels=[32, 64], down_block_types=["DownEncoderBlock2D"] * 2
+    )
+    image = transformers.CLIPVisionModelWithProjection(
+        transformers.CLIPVisionConfig(
+            hidden_size=16,
+            projection_dim=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=224,
+            patch_size=56,
+            intermediate_size=16,
+        )
+    ).eval()
+    return StableVideoDiffusionPipeline(
+        vae, image, net, EulerDiscreteScheduler(), transformers.CLIPImageProcessor()
+    )
 
 
 def moving(B=2, T=4, size=32):
     """A square that moves to the right, (B, 3, T, H, W) in [-1, 1]."""
     video = -torch.ones(B, 3, T, size, size)
     for t in range(T):
-        video[:, :, t, 10:20, 4 + 2 * t:14 + 2 * t] = 1
+        video[:, :, t, 10:20, 4 + 2 * t : 14 + 2 * t] = 1
     return video
 
 
 def test_flowloss_in_svd_decodes_only_what_the_gate_lets_through(svd, monkeypatch):
     raft, decoded, decode = TinyRAFT().requires_grad_(False), [], svd.vae.decode
     levels, gate = [], recipes.gate
-    monkeypatch.setattr(recipes, "gate", lambda sigma, psi: levels.append(sigma) or gate(sigma, psi))
+    monkeypatch.setattr(
+        recipes, "gate", lambda sigma, psi: levels.append(sigma) or gate(sigma, psi)
+    )
     svd.vae.decode = lambda z, **named: decoded.append(len(z)) or decode(z, **named)
+
     def of(psi, scale=0.1):
         decoded.clear()
         svd.unet.zero_grad()
@@ -186,6 +277,7 @@ def test_flowloss_in_svd_decodes_only_what_the_gate_lets_through(svd, monkeypatc
         value = recipes.svd_loss(svd, moving(), raft, psi=psi, scale=scale)
         value.backward()
         return value.item(), svd.unet.conv_in.weight.grad.clone(), sum(decoded)
+
     closed, both = of(1e-9), of(1e9)
     one = of(levels[0].mean().item())
     assert [closed[2], one[2], both[2]] == [0, 4, 8]  # frames
@@ -208,24 +300,64 @@ def test_flowloss_in_svd_falls(svd):
     assert not gradients(svd.vae) and all(p.grad is None for p in svd.image_encoder.parameters())
 
 
-# ------------------------------------------------------------------------------------------ MotionPrompt in AnimateDiff
+# ---------------------------------------- MotionPrompt in AnimateDiff
+
 
 @pytest.fixture(scope="module")
 def animatediff(peers):
     torch.manual_seed(0)
-    from diffusers import AnimateDiffPipeline, AutoencoderKL, DDIMScheduler, MotionAdapter, UNet2DConditionModel
-    net = UNet2DConditionModel(block_out_channels=(8, 16), layers_per_block=1, sample_size=8, norm_num_groups=4,
-                               down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=16,
-                               up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=4)
-    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
-        vocab_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=77, bos_token_id=1, eos_token_id=2, pad_token_id=0)).eval()
-    vae = AutoencoderKL(block_out_channels=[8, 16], down_block_types=["DownEncoderBlock2D"] * 2, norm_num_groups=4,
-                        up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4)
-    adapter = MotionAdapter(block_out_channels=(8, 16), motion_layers_per_block=1, motion_norm_num_groups=4,
-                            motion_num_attention_heads=2)
-    return AnimateDiffPipeline(vae=vae, text_encoder=text, tokenizer=tokenizer("a red circle moving authentic steady"),
-                               unet=net, motion_adapter=adapter, scheduler=DDIMScheduler(beta_schedule="linear"))
+    from diffusers import (
+        AnimateDiffPipeline,
+        AutoencoderKL,
+        DDIMScheduler,
+        MotionAdapter,
+        UNet2DConditionModel,
+    )
+
+    net = UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        sample_size=8,
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        cross_attention_dim=16,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=4,
+    )
+    text = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=16,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    ).eval()
+    vae = AutoencoderKL(
+        block_out_channels=[8, 16],
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        norm_num_groups=4,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        latent_channels=4,
+    )
+    adapter = MotionAdapter(
+        block_out_channels=(8, 16),
+        motion_layers_per_block=1,
+        motion_norm_num_groups=4,
+        motion_num_attention_heads=2,
+    )
+    return AnimateDiffPipeline(
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer("a red circle moving authentic steady"),
+        unet=net,
+        motion_adapter=adapter,
+        scheduler=DDIMScheduler(beta_schedule="linear"),
+    )
 
 
 def ANIMATE(logits):
@@ -233,12 +365,20 @@ def ANIMATE(logits):
         logits.append(flow.square().mean((1, 2, 3)))
         return 1e3 * logits[-1]
 
-    return dict(estimate=lambda a, b: (b - a)[:, :2], discriminate=discriminate,
-                words="authentic steady", lambdas=(1, 0, 0), steps=4, frames=4, size=8)
+    return dict(
+        estimate=lambda a, b: (b - a)[:, :2],
+        discriminate=discriminate,
+        words="authentic steady",
+        lambdas=(1, 0, 0),
+        steps=4,
+        frames=4,
+        size=8,
+    )
 
 
 def test_motionprompt_in_animatediff_moves_new_tokens_only_and_its_loss_falls(
-        animatediff, monkeypatch):
+    animatediff, monkeypatch
+):
     paths, starts, logits = [], [], []
 
     def watched(denoise, inner, encode, T0, x, *rest):
@@ -253,8 +393,9 @@ def test_motionprompt_in_animatediff_moves_new_tokens_only_and_its_loss_falls(
     monkeypatch.setattr(recipes, "motionprompt", watched)
     monkeypatch.setattr(recipes, "random_pairs", same_pair)
     table = animatediff.text_encoder.get_input_embeddings().weight.clone()
-    video = recipes.animate(animatediff, "a red circle moving", K=4, lr=0.05, guided=(0, 1),
-                            **ANIMATE(logits))
+    video = recipes.animate(
+        animatediff, "a red circle moving", K=4, lr=0.05, guided=(0, 1), **ANIMATE(logits)
+    )
     assert video.shape == (1, 3, 4, 16, 16) and video.isfinite().all()
     assert starts[0].shape == (1, 2, 16) and list(paths[0]) == [0, 1]
     assert all((T - starts[0]).abs().max() > 0.05 for T in paths[0].values())
@@ -272,12 +413,19 @@ def test_motionprompt_in_animatediff_in_half_precision(animatediff, dtype):
     assert video.isfinite().all() and video.dtype == torch.float32
 
 
-# --------------------------------------------------------------------------------------------- Bi-flow with UNet2DModel
+# ---------------------------------------- Bi-flow with UNet2DModel
+
 
 def test_biflow_with_unet2dmodel_learns_and_streams(peers):
     torch.manual_seed(0)
-    nets = recipes.networks(sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
-                             down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+    nets = recipes.networks(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
     frames = moving(4, 2, 16)
     optimiser, values = torch.optim.AdamW(nets.parameters(), 2e-3), []
     for k in range(40):
@@ -291,11 +439,14 @@ def test_biflow_with_unet2dmodel_learns_and_streams(peers):
     for _ in range(2):
         x, evaluations = next(out)
         assert x.shape == (4, 3, 16, 16) and x.abs().max() <= 1 and (evaluations >= 2).all()
-    a, b = (torch.stack(recipes.field_of(nets)(x, torch.ones(4), s * torch.ones(4))) for s in (0, 1))
+    a, b = (
+        torch.stack(recipes.field_of(nets)(x, torch.ones(4), s * torch.ones(4))) for s in (0, 1)
+    )
     assert not torch.allclose(a, b)  # the networks know alpha
 
 
 # ---------------------------------------- several processes
+
 
 def test_two_processes_have_the_gradient_of_one_with_both_batches(tmp_path):
     script = tmp_path / "train.py"
@@ -331,8 +482,15 @@ for a, b in zip(mine, whole):
 print("same on", rank)
 torch.distributed.destroy_process_group()
 """)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
-               str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--standalone",
+        str(script),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "same on 0" in done.stdout and "same on 1" in done.stdout
@@ -340,8 +498,10 @@ torch.distributed.destroy_process_group()
 
 # ---------------------------------------- torchvision's RAFT
 
+
 def test_torchvisions_raft_is_an_estimator_with_a_gradient_to_the_pictures_alone():
     from torchvision.models.optical_flow import raft_small
+
     torch.manual_seed(0)
     raft = raft_small()
     estimate = recipes.torch_raft(raft)
