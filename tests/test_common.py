@@ -2,6 +2,7 @@
 import csv
 import errno
 import hashlib
+import importlib
 import json
 import math
 import pickle
@@ -233,6 +234,16 @@ def test_noise_is_the_same_for_the_same_key():
 
 
 # ---------------------------------------- the command line
+
+@pytest.mark.parametrize("script, flags, preset", [
+    ("biflow", "", "small"), ("biflow", "--device cpu", "tiny"), ("biflow", "--first a", "tiny"),
+    ("flowmo", "", "tiny"), ("flowmo", "--train", "small"), ("flowmo", "--no-train", "tiny")])
+def test_on_a_gpu_the_preset_is_small_where_the_run_trains(monkeypatch, script, flags, preset):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    module = importlib.import_module(script)
+    cfg = common.parse_args(script, module.Config, module.PRESETS, "", flags.split())
+    assert cfg.preset == preset
+
 
 def test_what_is_given_goes_over_the_preset_and_that_over_the_default():
     cfg = parse("--preset small --lr 0.3")
