@@ -19,7 +19,7 @@ streams along both at once.
     python biflow.py --first photo.jpg             # continue your picture; needs no training
 
 A run prints the form of the paper's Tab. 1. FLOW takes the fewest network evaluations and
-drifts away. CONDIFF pays the way from noise at every frame. BI-FLOW stays, at 0.3 to 0.4 of it.
+drifts away. CONDIFF pays the way from noise at every frame. BI-FLOW stays, at 0.4 of that.
 """
 import math
 import os
