@@ -1209,70 +1209,6 @@ def motionprompt_disc(args):
 
 
 @torch.no_grad()
-def flow_of_estimates(cfg, net, words, raft, clips, captions, rounds, rng):
-    """Flow of random pairs of frames, (N rounds, 2, H, W), of clips uint8 (N, T, 3, H, W) that were
-    noised to a level of the guided steps and denoised in one step.
-    """
-    text = common.to_indices(captions, words, net.length)
-    levels = motionprompt.levels(cfg)[sorted(common.guided_steps(cfg))]
-    estimate = motionprompt.estimator(raft, cfg.size)
-    denoise = motionprompt.as_edm(net)
-    found = []
-    for a in tqdm(range(0, len(clips), 32), "flow of estimates", leave=False):
-        y = (to_float(clips[a:a + 32]).transpose(1, 2) - net.mean) / net.std
-        sigma = levels[torch.randint(len(levels), (len(y),), generator=rng)]
-        n = torch.randn(y.shape, generator=rng)
-        D = denoise(y + like(sigma, y) * n, sigma, net.encode(net.embed(text[a:a + 32])))
-        i, j = motionprompt.random_pairs(len(y), cfg.frames, rounds, cfg.gap, rng)
-        video = D * net.std + net.mean
-        found.append(motionprompt.flow_of_pairs(video, i, j, nn.Identity(), estimate))
-    return torch.cat(found)
-
-
-def motionprompt_estimates(args):
-    """A discriminator trained on flow of one-step estimates, real and generated; to --out.
-
-    For motionprompt-disc and motionprompt-rows, as --disc OUT/ckpt.pt. The script's own is trained
-    on flow of noisy clips, but judges flow of estimates.
-    """
-    _, net, words, _, _ = video_model(args)
-    cfg, raft, _ = disc_of(args)
-    clips = common.render(
-        "sprites", "train", 2 * cfg.fakes, cfg.size, cfg.frames, cfg.seed, steady=1.0)
-    captions = [common.strip_quality_words(caption) for caption in clips.captions]
-    fake = motionprompt.make_fakes(cfg, net, words, captions[:cfg.fakes], args.device)
-    rng = make_rng(cfg.seed, 10, 0)
-    real = torch.stack(clips.cache)
-    real = flow_of_estimates(cfg, net, words, raft, real, captions, 2, rng)
-    fake = flow_of_estimates(cfg, net, words, raft, fake, captions[:cfg.fakes], 4, rng)
-
-    torch.manual_seed(cfg.seed + 2)
-    disc = motionprompt.Discriminator(cfg.size)
-    optimizer = torch.optim.AdamW(disc.parameters(), weight_decay=0.05)
-    log = common.Log(cfg.disc_iters, name="discriminator")
-    for step in range(1, cfg.disc_iters + 1):
-        rng = make_rng(cfg.seed, 11, step)
-        some_real = real[torch.randint(len(real), (32,), generator=rng)]
-        some_fake = fake[torch.randint(len(fake), (32,), generator=rng)]
-        real_logit = disc(motionprompt.turn(some_real, rng))
-        fake_logit = disc(motionprompt.turn(some_fake, rng))
-        loss = -nn.functional.logsigmoid(real_logit).mean() / 2
-        loss = loss - nn.functional.logsigmoid(-fake_logit).mean() / 2
-
-        decay = 2.5 * (1 - step / cfg.disc_iters)  # in the last 40 %
-        optimizer.param_groups[0]["lr"] = 0.5 * cfg.lr * min(1, step / 100, decay + 0.01)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(disc.parameters(), 1.0)
-        optimizer.step()
-        log.add(step, disc=loss)
-    log.close()
-    common.save_checkpoint(Path(args.out), "motionprompt", cfg, log, step=cfg.disc_iters,
-                           raft=raft.state_dict(), disc=disc.state_dict())
-    print(f"wrote {args.out}/ckpt.pt")
-
-
-@torch.no_grad()
 def motionprompt_words(args):
     """A picture: what a truthful word does at each level of noise, and where flow can be read."""
     import matplotlib
@@ -1612,7 +1548,6 @@ PARTS = {
     "flowmo-premise": flowmo_premise,
     "motionprompt-rows": motionprompt_rows,
     "motionprompt-disc": motionprompt_disc,
-    "motionprompt-estimates": motionprompt_estimates,
     "motionprompt-words": motionprompt_words,
     "verdict": verdict,
     "ship-video": ship_video,
