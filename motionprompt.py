@@ -455,8 +455,8 @@ class TextToVideo(nn.Module):
         angle = frequency * t[:, None]  # (B, d / 2)
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.amp):
             said = self.sentence(c.flatten(1))  # (B, d)
-            emb = self.clock(torch.cat([angle.sin(), angle.cos()], 1)) + said
-            emb = F.silu(emb)
+            waves = torch.cat([angle.sin(), angle.cos()], 1)  # (B, d)
+            emb = F.silu(self.clock(waves) + said)
             fine = self.fine(self.inp(x), emb)  # (B, channels, T, H/2, W/2)
             coarse = self.down(fine)  # (B, d, T, H/4, W/4)
             # Ours: the sentence times the place; added alone it says the same to every frame.
@@ -471,7 +471,8 @@ class TextToVideo(nn.Module):
             h = torch.cat([F.silu(self.norm(h)), x], 1)
             h = self.out(h)  # (B, 12, T, H/2, W/2)
         h = F.pixel_shuffle(h.float().transpose(1, 2), 2).transpose(1, 2)
-        return like(2 * t - 1, z) / total**2 * z + h / total
+        guess = like(2 * t - 1, z) / total**2 * z
+        return guess + h / total
 
 # ---------------------------------------- discriminator
 

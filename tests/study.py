@@ -971,9 +971,14 @@ def flowmo_variant(cfg, method, z, t, velocity):
     def loss(u):
         return flowmo.flowmo_loss(flowmo.as_places(u, cfg.place))
 
+    def mean(u):  # over places, instead of Eq. 8
+        return flowmo.place_variance(flowmo.as_places(u, cfg.place)).mean(1)
+
     def undebiased(u):
         return variance_of(flowmo.as_places(u, cfg.place))
 
+    if method == "mean":
+        return flowmo.flowmo_step(z, velocity, cfg.eta, mean)
     if method == "no debiasing":
         return flowmo.flowmo_step(z, velocity, cfg.eta, undebiased)
     if method == "clean estimate":
@@ -987,7 +992,9 @@ def flowmo_variant(cfg, method, z, t, velocity):
             gradient, = torch.autograd.grad(loss(velocity(z)).sum(), z)
         z = z.detach() - 1.0 * gradient
         return z, velocity(z)
-    return flowmo.flowmo_step(z, velocity, cfg.eta, loss)  # "all steps"
+    if method == "all steps":
+        return flowmo.flowmo_step(z, velocity, cfg.eta, loss)
+    raise common.Fault(f"flowmo-rows: there is no method {method!r}")
 
 
 @torch.no_grad()
@@ -1027,14 +1034,14 @@ def sample_variant(cfg, net, words, prompts, noise, method):
 
 
 def flowmo_rows(args):
-    """FlowMo: base, random, max, mean, of the script; variants; + WORD: base with a word (runs)."""
+    """FlowMo: base, random, flowmo, of the script; mean, variants; + WORD: a word (runs)."""
     cfg, net, words, prompts, noise = video_model(args)
     if args.guided:
         cfg.guided = args.guided
     if args.eta:
         cfg.eta = args.eta
     made = dict(prompts=prompts)
-    for method in args.runs or ["base", "random", "max", "mean"]:
+    for method in args.runs or ["base", "random", "flowmo", "mean"]:
         if method in flowmo.METHODS:
             made[method] = flowmo.generate(cfg, net, words, prompts, noise, method)
         elif method.startswith("+ "):
@@ -1062,9 +1069,9 @@ def flowmo_premise(args):
             u = velocity(z, times[step].expand(len(z)))
             clean = z - times[step] * u
             for name, value in (("u", u), ("clean estimate", clean)):
-                for over in ("max", "mean"):
-                    s = flowmo.flowmo_loss(flowmo.as_places(value, cfg.place), over=over)
-                    found.setdefault((name, over), {}).setdefault(step, []).append(s)
+                s = flowmo.place_variance(flowmo.as_places(value, cfg.place))
+                for over, statistic in (("max", s.amax(1)), ("mean", s.mean(1))):
+                    found.setdefault((name, over), {}).setdefault(step, []).append(statistic)
             z = z + (times[step + 1] - times[step]) * u
         videos.append(to_uint8(z * net.std + net.mean).transpose(1, 2))
     bad = common.judge(torch.cat(videos), prompts)["coherent"] == 0
@@ -1351,11 +1358,11 @@ def first_picture(args):
     mo, net, words, prompts, noise = video_model(args)
     mp, raft, disc = disc_of(args)
     plain = flowmo.generate(mo, net, words, prompts, noise, "base")[0]
-    guided = flowmo.generate(mo, net, words, prompts, noise, "mean")[0]
+    guided = flowmo.generate(mo, net, words, prompts, noise, "flowmo")[0]
     plain_edm, guided_edm = [
         motionprompt.generate(mp, net, words, raft, disc, prompts, noise, method, [])[0]
         for method in ("base", "motionprompt")]
-    for name, before, after in (("base / FlowMo, mean", plain, guided),
+    for name, before, after in (("base / FlowMo", plain, guided),
                                 ("base / MotionPrompt", plain_edm, guided_edm)):
         was = common.judge(before, prompts)["coherent"]
         now = common.judge(after, prompts)["coherent"]
