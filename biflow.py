@@ -485,8 +485,9 @@ def own_features(video):
         gx = x.diff(dim=-1)[:, :-1, ..., 1:, :]
         gy = x.diff(dim=-2)[:, :-1, ..., 1:]
         for gradient in (gx, gy):
-            together = (dt * gradient).mean((1, 2, 3, 4))
-            found.append(2 * (together / (energy(dt) * energy(gradient)).sqrt())[:, None])
+            together = (dt * gradient).mean((1, 2, 3, 4))  # (N,)
+            correlation = together / (energy(dt) * energy(gradient)).sqrt()
+            found.append(2 * correlation[:, None])
         x = F.avg_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
     return torch.cat(found, 1).cpu().double()  # MPS has no float64
 
@@ -494,10 +495,10 @@ def frechet(a, b):
     """Frechet distance of two sets of features (N, D), (M, D), each taken as a Gaussian."""
     a = a.double()
     b = b.double()
-    cov_a = torch.atleast_2d(torch.cov(a.T))
+    cov_a = torch.atleast_2d(torch.cov(a.T))  # (D, D)
     cov_b = torch.atleast_2d(torch.cov(b.T))
     w, v = torch.linalg.eigh(cov_a)
-    root = (v * w.clamp(min=0).sqrt()) @ v.T
+    root = (v * w.clamp(min=0).sqrt()) @ v.T  # C_a^(1/2)
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     apart = (a.mean(0) - b.mean(0)).square().sum()
     return float(apart + cov_a.trace() + cov_b.trace() - 2 * cross)  # cross: tr (C_a C_b)^(1/2)

@@ -84,8 +84,9 @@ def parse_args(script, Config, presets, doc, argv=None):
     else:
         preset = given.get("preset", "auto")
         if preset == "auto":
-            trains = given.get("train", not hasattr(Config, "train") and "first" not in given)
-            # else it starts from a shipped model, which is tiny
+            trains = given.get("train", False)  # else it starts from a shipped model: tiny
+            if not hasattr(Config, "train"):
+                trains = "first" not in given
             on_gpu = torch.cuda.is_available() and given.get("device") != "cpu"
             preset = "small" if on_gpu and trains else "tiny"
         if preset not in presets:

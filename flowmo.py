@@ -24,8 +24,7 @@ here 4x4 are one.
     python flowmo.py --train --preset tiny              # the shipped model anew: 50 minutes
 
 The first samples prompts from the same noise without guidance, with a random step as large, and
-with FlowMo. It prints how many clips move as one thing, which tracking the shape tells. Of the
-captions of the training clips 80 % told it, too.
+with FlowMo. It prints how many clips move as one thing, which tracking the shape tells.
 """
 import math
 import os
@@ -121,23 +120,21 @@ def flowmo_loss(u, frames=2, channels=1):
     s = place_variance(u, frames, channels)
     return s.amax(1)  # Eq. 8: the worst place
 
-def flowmo_step(z, velocity, eta, loss=flowmo_loss, t=None):
+def flowmo_step(z, velocity, eta, loss=flowmo_loss):
     """What comes before a guided step of the sampler: the moved z, and u there.
 
-    FlowMo, Algorithm 1, lines 1 to 12. z (B, ...), best in float32: in bfloat16 an eta of 0.005 is
-    less than the type can tell. velocity(z) -> u like z, noise less video, with guidance by text;
-    freeze its weights, and let no no_grad be in it. loss(u) -> (B,). t: a number; the loss is then
-    of the clean estimate z - t u. Works under no_grad, and returns no graph. A solver that goes
-    back to an earlier z, as Wan's UniPC, undoes the step. Raises RuntimeError under inference_mode,
-    FloatingPointError if the gradient is not finite.
+    FlowMo, Algorithm 1, lines 1 to 12. z (B, ...), best in float32: in bfloat16 an eta of 0.005
+    is less than the type can tell. velocity(z) -> u like z, noise less video, with guidance by
+    text; freeze its weights, and let no no_grad be in it. loss(u) -> (B,).
+    Works under no_grad, and returns no graph. A solver that goes back to an earlier z, as Wan's
+    UniPC, undoes the step. Raises RuntimeError under inference_mode, FloatingPointError if the
+    gradient is not finite.
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("FlowMo needs a gradient: use torch.no_grad(), not inference_mode()")
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         u = velocity(z)
-        if t is not None:
-            u = z - t * u  # Eq. 4
         # 1024: else a gradient that passes through a float16 network would be 0 there.
         gradient, = torch.autograd.grad(1024 * loss(u).sum(), z)
     gradient = gradient.float() / 1024
@@ -387,7 +384,8 @@ def train(cfg, clips, captions, out, device):
         t, z_0, stays = draw(cfg, step, z_1)
         z = like(1 - t, z_1) * z_1 + like(t, z_1) * z_0  # Eq. 1
         clip, _ = batches.where(step - 1)  # which clips these are; batches count from 0
-        said = move_last_word(text[clip], make_rng(cfg.seed, 2, step)) * stays  # (B, L)
+        moved = move_last_word(text[clip], make_rng(cfg.seed, 2, step))  # (B, L)
+        said = moved * stays  # of what does not stay u_0 is learned
         c = net.encode(net.embed(said.to(device)))
         loss = flow_matching_loss(net(z, t, c), z_1, z_0, t).mean()
 

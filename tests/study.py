@@ -982,7 +982,11 @@ def flowmo_variant(cfg, method, z, t, velocity):
     if method == "no debiasing":
         return flowmo.flowmo_step(z, velocity, cfg.eta, undebiased)
     if method == "clean estimate":
-        return flowmo.flowmo_step(z, velocity, cfg.eta, loss, t)
+        def clean_estimate(z):
+            return z - t * velocity(z)  # Eq. 4
+
+        z, clean = flowmo.flowmo_step(z, clean_estimate, cfg.eta, loss)
+        return z, (z - clean) / t
     if method == "no second evaluation":  # as the released code
         u = velocity(z)
         return flowmo.flowmo_step(z, velocity, cfg.eta, loss)[0], u
