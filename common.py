@@ -999,6 +999,44 @@ class Batches:
         frames = [self.clips.frames(i, a, a + self.length) for i, a in zip(clip, start)]
         return torch.stack(frames)
 
+def prefetched(draw, start, end, device):
+    """Yields (step, tensors on `device`) for steps start + 1 to end.
+
+    draw(step) -> tensors on the CPU, a function of the step alone; threads call it ahead of use.
+    """
+    def work(step):
+        tensors = draw(step)
+        if device.type == "cuda":  # a copy from pinned memory does not stall the GPU
+            tensors = [x.pin_memory() for x in tensors]
+        return tensors
+
+    ahead = 8
+    pool = ThreadPoolExecutor(min(ahead, os.cpu_count() or 1))
+    jobs = deque()
+    try:
+        for step in range(start + 1, min(start + ahead, end) + 1):
+            jobs.append(pool.submit(work, step))
+        for step in range(start + 1, end + 1):
+            tensors = jobs.popleft().result()
+            if step + ahead <= end:
+                jobs.append(pool.submit(work, step + ahead))
+            yield step, [x.to(device, non_blocking=True) for x in tensors]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+def ema_decay(decay):
+    """A multi_avg_fn of AveragedModel: an exponential average that forgets its start quickly.
+
+    After n updates the decay is min(decay, (1 + n) / (10 + n)).
+    """
+    def update(averages, weights, n):
+        ramp = ((1 + n) / (10 + n)).clamp(max=decay)  # a tensor: a number would stall a GPU
+        change = torch._foreach_sub(weights, averages)
+        torch._foreach_mul_(change, 1 - ramp)
+        torch._foreach_add_(averages, change)
+
+    return torch.no_grad()(update)
+
 def prefetch(batches, steps):
     """batches[step] for every step of the range `steps`, made by threads ahead of its use."""
     ready = deque()
@@ -1236,9 +1274,12 @@ def save_json(path, value):
         part.write_text(json.dumps(value, indent=1, allow_nan=False), encoding="utf-8")
 
 def save_log(path, rows):
-    """Rows, dicts with the same keys, as CSV."""
+    """Rows (dicts) as CSV; a cell is empty where a row lacks its key."""
+    columns = {"step": None}
+    for row in rows:
+        columns.update(row)
     with written_aside(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, rows[0] if rows else ["step"])
+        table = csv.DictWriter(file, columns)
         table.writeheader()
         table.writerows(rows)
 

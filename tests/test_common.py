@@ -152,46 +152,63 @@ def test_batches_are_drawn_evenly_and_never_cross_clips():
         assert 340 < pairs.count(pair) < 460  # 400, sigma 19
 
 
-def test_prefetch_gives_the_batches_in_order():
-    class Slow(common.Batches):
-        def __getitem__(self, step):
-            time.sleep(0.01 if step % 3 == 0 else 0)  # late, so that others overtake it
-            return super().__getitem__(step)
-
-    batches = Slow(numbered(9, 9), 4, 2, 0)
-    found = list(common.prefetch(batches, range(5, 30)))
-    assert len(found) == 25
-    assert all(torch.equal(x, batches[i]) for i, x in zip(range(5, 30), found))
+CPU = torch.device("cpu")
 
 
-class Counting:
-    """Batches that note which were asked for; the one numbered `bad` cannot be read."""
+def test_prefetched_draws_come_in_order_and_are_those_of_their_step():
+    def draw(step):
+        time.sleep(0.01 if step % 3 == 0 else 0)  # late, so that others overtake it
+        return torch.full((2,), step), torch.rand(3, generator=common.make_rng(0, 1, step))
 
-    def __init__(self, bad=None):
-        self.asked = []
-        self.bad = bad
+    found = list(common.prefetched(draw, 5, 30, CPU))
+    assert [step for step, _ in found] == list(range(6, 31))
+    for step, (number, noise) in found:
+        assert number.tolist() == [step, step] and torch.equal(noise, draw(step)[1])
 
-    def __getitem__(self, step):
-        self.asked.append(step)
-        if step == self.bad:
+
+def counting(asked, bad=None):
+    """A draw that notes its steps; the one numbered `bad` cannot be read."""
+    def draw(step):
+        asked.append(step)
+        if step == bad:
             raise Fault("clip c7 cannot be read any more")
-        return step
+        return [torch.tensor(step)]
+
+    return draw
 
 
-def test_a_fault_in_a_thread_of_prefetch_reaches_the_caller_after_the_batches_before():
+def test_a_fault_in_a_thread_reaches_the_caller_after_the_draws_before():
     got = []
     with says("clip c7 cannot be read"):
-        for step in common.prefetch(Counting(bad=3), range(100)):
+        for step, _ in common.prefetched(counting([], bad=4), 0, 100, CPU):
             got.append(step)
-    assert got == [0, 1, 2]
+    assert got == [1, 2, 3]
 
 
-def test_prefetch_is_only_a_few_batches_ahead():
-    batches = Counting()
-    found = common.prefetch(batches, range(10**6))
-    assert next(found) == 0 and next(found) == 1
+def test_prefetched_is_only_a_few_draws_ahead_and_ends_where_it_is_told():
+    asked = []
+    found = common.prefetched(counting(asked), 0, 10**6, CPU)
+    assert next(found)[0] == 1 and next(found)[0] == 2
     found.close()
-    assert len(batches.asked) < 20
+    assert len(asked) < 20
+    asked.clear()
+    assert [step for step, _ in common.prefetched(counting(asked), 3, 5, CPU)] == [4, 5]
+    assert asked == [4, 5] and list(common.prefetched(counting(asked), 5, 5, CPU)) == []
+
+
+def test_the_average_of_weights_is_that_of_a_plain_loop_and_soon_forgets_its_start():
+    weight = torch.nn.Parameter(torch.zeros(3))
+    module = torch.nn.ParameterList([weight])
+    average = torch.optim.swa_utils.AveragedModel(module, multi_avg_fn=common.ema_decay(0.9))
+    want = 0.0
+    for n in range(200):
+        weight.data.fill_(n)
+        average.update_parameters(module)
+        decay = min(0.9, (1 + n) / (10 + n))
+        want = decay * want + (1 - decay) * n if n else 0.0  # the first is a copy
+        assert average.module[0].tolist() == pytest.approx([want] * 3, rel=1e-4)
+        if n == 20:
+            assert want > 0.65 * n  # without the ramp: 0.55
 
 
 def test_a_set_that_is_nowhere_is_replaced_by_a_world_that_says_so_loudly(
