@@ -14,9 +14,10 @@ streams along both at once.
     Eq. 8   jointly   dx = [ f_v dt/dk + f_n da/dk ] dk           along a curve (t, a)(k)
     Eq. 9             x^i = Solve(x^{i-1} + eps n)                on the line (0, eps) -> (1, 0)
 
-    python biflow.py --dataset sky                 # train and compare; 20 minutes on one slow core
-    python biflow.py --dataset sky --eval_only     # compare again, from the checkpoint
-    python biflow.py --first photo.jpg             # continue your picture; needs no training
+    python biflow.py --dataset sky                       # train all three and compare them
+    python biflow.py --dataset clips --methods biflow    # train BI-FLOW alone on data/clips
+    python biflow.py --dataset sky --eval_only           # compare again, from the checkpoint
+    python biflow.py --first photo.jpg                   # continue a picture; no training
 
 A run prints the form of the paper's Tab. 1. FLOW takes the fewest network evaluations and
 drifts away. CONDIFF pays the way from noise at every frame. BI-FLOW stays, at 0.4 of that.
@@ -25,7 +26,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # Before torch: threads that wait must sleep, or a busy neighbour makes training 100 times slower.
@@ -36,7 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import common
@@ -61,6 +62,8 @@ class Config:
     device: str = opt("auto", "auto, cpu, cuda, mps", free=True)
     compile: bool = opt(False, "torch.compile the networks", free=True)
     amp: bool = opt(False, "bfloat16 autocast inside the networks")
+    methods: str = opt("flow,condiff,biflow", "what to train and compare; --resume may add one",
+                       free=True)
     seed: int = opt(0, "of weights, data, noise and first frames", 0, 2**31)
     iters: int = opt(2500, "training steps", 1, 10**8)
     batch: int = opt(16, "pairs of frames in a batch", 1, 65536)
@@ -71,9 +74,9 @@ class Config:
     blocks: int = opt(1, "residual blocks a level", 1, 8)
     patch: int = opt(2, "pixels (squared) that become channels", 1, 8)
     lr: float = opt(3e-3, "AdamW's learning rate, after 100 steps of warm-up", 0, 1)
-    lr_end: float = opt(0.05, "share of lr at the end of a cosine; 1: constant", 0, 1)
+    lr_end: float = opt(0.05, "share of lr to which its last fifth falls; 1: constant", 0, 1)
     ema: float = opt(0.995, "decay of the average of weights to sample from", 0, 0.999999)
-    eps: str = opt("0,0.1,0.2", "noise levels to compare (Eq. 9)", free=True)
+    eps: str = opt("0,0.1", "noise levels to compare (Eq. 9)", free=True)
     tol: float = opt(1e-2, "tolerance of Heun's solver", 1e-6, 1, free=True)
     streams: int = opt(16, "videos streamed by every method", 2, 4096, free=True)
     frames: int = opt(0, "frames in a stream; 0: 128, or 64 with --first", 0, 10**5, free=True)
@@ -84,8 +87,9 @@ PRESETS = {
         iters=6000, batch=64, size=64, clips=4000, width=72, mults="1,2,3", blocks=2,
         lr=5e-4, ema=0.999, amp=True, streams=64, frames=256,
     ),
-    # The released networks: 278.0 M parameters, BI-FLOW 247.8 M. Their authors train minerl and
-    # mazes at --size 64 --mults 1,1,2,2,4,4, and squash a frame to a square where we crop it.
+    # The released networks but for the clocks: 295 M parameters, BI-FLOW 262 M. A checkpoint of all
+    # three takes 13 GB. Their authors train minerl and mazes at --size 64 --mults 1,1,2,2,4,4, and
+    # squash a frame to a square where we crop it.
     "paper": dict(
         iters=200000, batch=128, size=128, clips=4000, width=192, mults="1,1,2,2,2,4,4", blocks=2,
         patch=1, lr=1e-4, lr_end=1.0, ema=0.0, amp=True, streams=128, frames=512,
@@ -176,7 +180,7 @@ def stream(step, x, rng=None):
         n = torch.randn(x.shape, generator=rng).to(x)
         x, evals, _ = step(x, n)
         x = x.clamp(-1, 1)  # released code: before it becomes the next initial value
-        yield x, evals
+        yield x.clone(), evals  # a caller may write to what it is given
 
 def per_sample(s, x):
     """A number, or (B,), as (B,) in at least float32, for samples x (B, ...)."""
@@ -263,7 +267,7 @@ def sinusoids(s, dim):
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 def group_norm(channels):
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    return nn.GroupNorm(math.gcd(32, channels // 2), channels)  # two channels a group at least
 
 def embedding(dim):
     return nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, 4 * dim))
@@ -285,13 +289,17 @@ class Attention(nn.Module):
         return x + self.out(h)
 
 class ResBlock(nn.Module):
-    """Residual block that hears the clocks; self-attention after it where asked."""
+    """Residual block that hears the clocks; self-attention after it where asked.
+
+    Ours: they scale and shift after the norm. Released code adds a constant to each channel before
+    it, of which a norm of few channels a group takes away the most.
+    """
 
     def __init__(self, cin, cout, dim, attend=False):
         super().__init__()
         self.norm1 = group_norm(cin)
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
-        self.clock = nn.Linear(dim, cout)
+        self.clock = nn.Linear(dim, 2 * cout)
         self.norm2 = group_norm(cout)
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
         self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
@@ -300,8 +308,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.clock(emb)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        scale, shift = self.clock(emb)[:, :, None, None].chunk(2, 1)  # (B, C, 1, 1) each
+        h = self.norm2(h) * (1 + scale) + shift
+        h = self.conv2(F.silu(h))
         return self.attention(self.skip(x) + h)
 
 class UNet(nn.Module):
@@ -388,76 +397,115 @@ class BiFlow(nn.Module):
         return self.v(x, t, alpha), self.n(x, t, alpha)
 
 def build(cfg):
-    """The three fields by method. BI-FLOW's pair has about the parameters of one of the others."""
-    torch.manual_seed(cfg.seed)
+    """The field of every method in cfg.methods, its weights drawn from (seed, method).
+
+    BI-FLOW's two networks have about the parameters of one of the others.
+    """
     mults = [float(m) for m in cfg.mults.split(",")]
-    narrow = max(8, 8 * round(cfg.width * 2 / 3 / 8))
     settings = (mults, cfg.blocks, cfg.patch, cfg.amp)
-    nets = nn.ModuleDict({
-        "flow": UNet(3, 3, cfg.width, *settings),
-        "condiff": ConDiff(cfg.width, *settings),
-        "biflow": BiFlow(narrow, *settings),
-    })
+    narrow = max(8, 8 * round(cfg.width * 2 / 3 / 8))
+    nets = nn.ModuleDict()
+    for method in cfg.methods.split(","):
+        torch.manual_seed(cfg.seed)  # for each alike: trained alone or together, it is the same
+        if method == "flow":
+            nets[method] = UNet(3, 3, cfg.width, *settings)
+        elif method == "condiff":
+            nets[method] = ConDiff(cfg.width, *settings)
+        else:
+            nets[method] = BiFlow(narrow, *settings)
     return nets.to(memory_format=torch.channels_last)  # faster on a CPU
+
+def parameters(net):
+    return sum(p.numel() for p in net.parameters())
 
 # ---------------------------------------- train
 
 def draw(seed, step, x):
-    """t, alpha ~ U(0, 1), (B,), and n ~ N(0, 1) like x: a function of (seed, step) alone."""
+    """t, alpha ~ U(0, 1), (B,), and n ~ N(0, 1) of x's shape: a function of (seed, step) alone."""
     rng = make_rng(seed, 1, step)
-    t, alpha = torch.rand(2, len(x), generator=rng).to(x.device)
-    n = torch.randn(x.shape, generator=rng).to(x.device)
+    t, alpha = torch.rand(2, len(x), generator=rng)
+    n = torch.randn(x.shape, generator=rng)
     return t, alpha, n
 
 def learning_rate(cfg, step):
-    """Ours: up over 100 steps, then down a cosine to the share lr_end (released: constant)."""
-    cosine = 0.5 + 0.5 * math.cos(math.pi * step / cfg.iters)
-    return cfg.lr * min(1, step / 100) * (cfg.lr_end + (1 - cfg.lr_end) * cosine)
+    """Ours: up over 100 steps, constant, and down a line over the last fifth (released: constant).
+
+    So a longer training begins as a shorter one does.
+    """
+    left = min(1, (cfg.iters - step) / (0.2 * cfg.iters))
+    return cfg.lr * min(1, step / 100) * (cfg.lr_end + (1 - cfg.lr_end) * left)
 
 def compile_all(nets):
     for net in nets.values():
         net.compile()
 
 def train(cfg, nets, clips, out, device):
-    """All methods side by side, on the same frames, clocks and noise. Returns averaged networks."""
-    average = AveragedModel(nets, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
-    optimizer = torch.optim.AdamW(nets.parameters(), cfg.lr, fused=device.type != "mps")
-    saved = common.restore(
-        out / "ckpt.pt", "biflow", cfg, nets=nets, average=average, optimizer=optimizer)
-    start = saved["step"]
-    log = common.Log(cfg.iters, start, saved["log"])
-    if cfg.compile:
-        compile_all(nets)
+    """Every method in turn, on the same frames, clocks and noise. Returns averaged networks."""
+    saved = common.restore(out / "ckpt.pt", "biflow", cfg)
+    steps = saved.get("steps", {})  # of training that each method has had
+    optimizers = saved.get("optimizers", {})  # their states, of those in the midst of it
+    for method in steps.keys() - nets.keys():  # the run has them, whether asked for again or not
+        nets.update(build(replace(cfg, methods=method)).to(device))
+    averages = nn.ModuleDict()
+    for method, net in nets.items():
+        averages[method] = AveragedModel(net, multi_avg_fn=common.ema_decay(cfg.ema))
+    if steps:
+        nets.load_state_dict(saved["nets"], strict=False)  # a method may be new to the run
+        averages.load_state_dict(saved["averages"], strict=False)
+    batches = common.Batches(clips, cfg.batch, 2, cfg.seed)
 
-    pairs = common.prefetch(common.Batches(clips, cfg.batch, 2, cfg.seed), range(start, cfg.iters))
-    for step, frames in enumerate(pairs, start + 1):
-        x0, x1 = to_float(frames.to(device)).unbind(1)  # (B, 3, H, W) each
-        t, alpha, n = draw(cfg.seed, step, x0)
-        flow = flow_loss(nets["flow"], x0, x1, t).mean()
-        condiff = condiff_loss(nets["condiff"], x0, x1, alpha, n).mean()
-        biflow_v, biflow_n = biflow_loss(nets["biflow"], x0, x1, t, alpha, n)
-        biflow_v = biflow_v.mean()
-        biflow_n = biflow_n.mean()
+    def inputs(step):
+        frames = batches[step - 1]  # uint8 (B, 2, 3, H, W)
+        return frames, *draw(cfg.seed, step, frames[:, 0])
 
-        optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
-        loss = flow + condiff + biflow_v + biflow_n  # the methods share no weight
-        optimizer.zero_grad()
-        loss.backward()
-        for net in nets.values():
+    rows = saved["log"]
+    for method, net in nets.items():
+        start = steps.get(method, 0)
+        if start == cfg.iters:
+            continue
+        optimizer = torch.optim.AdamW(net.parameters(), cfg.lr, fused=device.type != "mps")
+        if method in optimizers:
+            optimizer.load_state_dict(optimizers[method])
+        if cfg.compile:
+            net.compile()
+        log = common.Log(cfg.iters, start, rows, METHODS[method])
+
+        for step, (frames, t, alpha, n) in common.prefetched(inputs, start, cfg.iters, device):
+            x0, x1 = to_float(frames).unbind(1)  # (B, 3, H, W) each
+            if method == "flow":
+                losses = {"flow": flow_loss(net, x0, x1, t).mean()}
+            elif method == "condiff":
+                losses = {"condiff": condiff_loss(net, x0, x1, alpha, n).mean()}
+            else:
+                loss_v, loss_n = biflow_loss(net, x0, x1, t, alpha, n)
+                losses = {"biflow_v": loss_v.mean(), "biflow_n": loss_n.mean()}
+
+            optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        average.update_parameters(nets)
+            optimizer.step()
+            averages[method].update_parameters(net)
 
-        stop = log.add(step, flow=flow, condiff=condiff, biflow_v=biflow_v, biflow_n=biflow_n)
-        if step % SAVE_EVERY == 0 or step == cfg.iters or stop:
-            common.save_checkpoint(
-                out, "biflow", cfg, log, step=step, nets=nets.state_dict(),
-                average=average.state_dict(), optimizer=optimizer.state_dict(),
-            )
-        if stop:
-            raise KeyboardInterrupt
-    log.close()
-    return average.module.eval()
+            steps[method] = step
+            stop = log.add(step, **losses)
+            if step == start + 10 and device.type == "cuda":
+                tqdm.write(f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GB")
+            if step % SAVE_EVERY == 0 or step == cfg.iters or stop:
+                optimizers[method] = optimizer.state_dict()
+                common.save_checkpoint(
+                    out, "biflow", cfg, log, steps=steps, nets=nets.state_dict(),
+                    averages=averages.state_dict(), optimizers=optimizers)
+            if stop:
+                raise KeyboardInterrupt
+        log.close()
+        rows = log.rows
+        del optimizers[method]
+    return modules_of(averages)
+
+def modules_of(averages):
+    """The networks to sample from."""
+    return nn.ModuleDict({method: a.module for method, a in averages.items()}).eval()
 
 # ---------------------------------------- distance to real clips
 
@@ -582,72 +630,86 @@ def evaluate(cfg, nets, train_clips, test_clips, device):
     frames = cfg.frames or 128
     first, sequel = first_frames(test_clips, cfg.streams, frames, cfg.seed)
     x0 = to_float(first).to(device)
+    plan = [(method, None) for method in ("flow", "condiff") if method in nets]
+    if "biflow" in nets:
+        plan += [("biflow", float(eps)) for eps in cfg.eps.split(",")]
     rows = []
     videos = {}
-    plan = [("flow", None), ("condiff", None)]
-    plan += [("biflow", float(eps)) for eps in cfg.eps.split(",")]
     for method, eps in plan:
         name = METHODS[method] if eps is None else f"{METHODS[method]} eps {eps:g}"
+        row = dict(
+            method=name, eps=eps, solver="heun", params=parameters(nets[method]), floor=floor,
+            samples=samples, real_samples=len(real), floor_samples=len(as_many), failed=None)
+        rows.append(row)
         step = make_step(method, nets[method], eps, make_heun(cfg.tol))
-        video, nfe, ms = roll(step, x0, frames, cfg.seed, name)
+        try:
+            video, evaluations, ms = roll(step, x0, frames, cfg.seed, name)
+        except FloatingPointError as e:
+            row["failed"] = str(e)  # the other methods' rows stand
+            continue
         curve, slope = distances(video, reference, device)
+        row.update(
+            evaluations=evaluations, distance=float(np.mean(curve)), first_window=curve[0],
+            last_window=curve[-1], slope=slope, curve=curve, ms_per_frame=ms)
         videos[name.replace("eps ", "")] = video  # short enough to stand over a picture
-        rows.append(dict(
-            method=name, eps=eps, solver="heun", nfe=nfe, fvd=float(np.mean(curve)),
-            fvd_first=curve[0], fvd_last=curve[-1], slope=slope, floor=floor, curve=curve,
-            ms_per_frame=ms, samples=samples, real_samples=len(real), floor_samples=len(as_many),
-            params=sum(p.numel() for p in nets[method].parameters()),
-        ))
     videos["real"] = sequel[None]
     return rows, videos
 
 def best_eps(rows):
-    """The noise level with the lowest mean distance, which the paper reports."""
-    tried = [row for row in rows if row["eps"] is not None]
-    return min(tried, key=lambda row: row["fvd"])["eps"]
+    """The noise level with the lowest mean distance, which the paper reports; None: no BI-FLOW."""
+    tried = [row for row in rows if row["eps"] is not None and not row["failed"]]
+    return min(tried, key=lambda row: row["distance"])["eps"] if tried else None
 
 # ---------------------------------------- load
 
 def load_averages(saved, device):
     """The networks of a checkpoint, to sample from, and the Config they were made with."""
-    made = Config(**saved["config"])
-    average = AveragedModel(build(made))
-    average.load_state_dict(saved["average"])
-    return average.module.to(device).eval(), made
+    made = Config(**{**saved["config"], "methods": ",".join(saved["steps"])})
+    averages = nn.ModuleDict()
+    for method, net in build(made).items():
+        averages[method] = AveragedModel(net)
+    averages.load_state_dict(saved["averages"])
+    return modules_of(averages).to(device), made
 
 # ---------------------------------------- your own picture
 
 def continue_picture(cfg, device):
     """--first: one gif that goes on from a picture, the methods side by side."""
     folder = common.find_run("biflow", cfg.dataset, cfg.out_dir)
-    if folder is None:
-        if cfg.out_dir or cfg.dataset != "sky":
-            raise Fault(f"--first: there is no run on {cfg.dataset} in {cfg.out_dir or 'out/'}; "
-                        "train one, or leave --out_dir and --dataset out for the shipped networks")
-        saved = common.load_checkpoint(SHIPPED, "biflow")
-        eps = saved["eps"]
-    else:
+    if folder is not None:
         saved = common.load_checkpoint(folder / "ckpt.pt", "biflow")
         eps = common.read_json(folder / "results.json")["reported_eps"]
+    elif cfg.out_dir or cfg.dataset != "sky":
+        raise Fault(f"--first: there is no run on {cfg.dataset} in {cfg.out_dir or 'out/'}; "
+                    "train one, or leave --out_dir and --dataset out for the shipped networks")
+    else:
+        saved = common.load_checkpoint(SHIPPED, "biflow")
+        eps = saved["eps"]
     nets, made = load_averages(saved, device)
-    print(f"{folder or SHIPPED}: {made.dataset}, {saved['step']} steps; BI-FLOW with eps {eps:g}")
+    if cfg.compile:
+        compile_all(nets)
+    print(f"{folder or SHIPPED}: {made.dataset}, {made.iters} steps")
 
     first = to_float(common.read_picture(cfg.first, made.size))[None].to(device)  # (1, 3, H, W)
     frames = cfg.frames or 64
     heun = make_heun(cfg.tol)
-    methods = list(METHODS)
+    methods = [method for method in METHODS if method in nets]
     if cfg.backward:
         methods = ["biflow"]  # the only one that can
+        if "biflow" not in nets:
+            raise Fault(f"--backward: there is no BI-FLOW in {folder}; add it by --resume "
+                        "--methods biflow")
     videos = {}
     for method in methods:
         step = make_step(method, nets[method], eps, heun)
-        videos[METHODS[method]] = roll(step, first, frames, cfg.seed, METHODS[method])[0]
+        name = METHODS[method] if method != "biflow" else f"BI-FLOW {eps:g}"
+        videos[name] = roll(step, first, frames, cfg.seed, name)[0]
     if cfg.backward:
         def step_back(x, n):
             return biflow_step_back(nets["biflow"], x, n, eps, heun)
 
         before = roll(step_back, first, frames, cfg.seed, "backward")[0]
-        videos["BI-FLOW"] = torch.cat([before.flip(1), videos["BI-FLOW"][:, 1:]], 1)
+        videos[name] = torch.cat([before.flip(1), videos[name][:, 1:]], 1)
     gif = Path(folder or "out") / "biflow-first.gif"
     common.save_gif(gif, videos, width=192)
     print(f"wrote {gif}")
@@ -655,13 +717,18 @@ def continue_picture(cfg, device):
 # ---------------------------------------- main
 
 COLUMNS = {
-    "method": ("method", ""), "fvd": ("distance", ".2f"), "nfe": ("evaluations", ".2f"),
-    "fvd_first": ("first window", ".2f"), "fvd_last": ("last window", ".2f"),
-    "slope": ("slope/frame", ".4f"), "floor": ("floor", ".2f"), "ms_per_frame": ("ms/frame", ".2f"),
+    "method": ("method", ""), "distance": ("distance", ".2f"),
+    "evaluations": ("evaluations", ".2f"), "first_window": ("first window", ".2f"),
+    "last_window": ("last window", ".2f"), "slope": ("slope/frame", ".4f"),
+    "floor": ("floor", ".2f"), "ms_per_frame": ("ms/frame", ".2f"),
 }
 
 def check(cfg):
     """What single values cannot tell. Raises Fault."""
+    asked = cfg.methods.split(",")
+    if not set(asked) <= METHODS.keys() or len(asked) > len(set(asked)):
+        raise Fault(f"--methods {cfg.methods}: must be some of {', '.join(METHODS)}, separated by "
+                    "commas")
     common.check_list(cfg, "eps", float, 0, 1)
     common.check_list(cfg, "mults", float, 0.25, 8)
     if cfg.width % 8:
@@ -690,12 +757,16 @@ def main():
 
     if cfg.eval_only:
         saved = common.load_checkpoint(out / "ckpt.pt", "biflow")
-        if saved["step"] != cfg.iters:
-            raise Fault(f"{out / 'ckpt.pt'} has {saved['step']} of {cfg.iters} steps of training: "
-                        "--resume makes the others")
+        for method, step in saved["steps"].items():
+            if step != cfg.iters:
+                raise Fault(f"{out / 'ckpt.pt'} has {step} of {cfg.iters} steps of {method}: "
+                            "--resume makes the others")
         nets, _ = load_averages(saved, device)
     else:
-        nets = train(cfg, build(cfg).to(device), train_clips, out, device)
+        nets = build(cfg).to(device)
+        for method, net in nets.items():
+            print(f"{METHODS[method]}: {parameters(net) / 1e6:.2f} M parameters")
+        nets = train(cfg, nets, train_clips, out, device)
     if cfg.compile:
         compile_all(nets)
     rows, videos = evaluate(cfg, nets, train_clips, test_clips, device)
@@ -707,7 +778,11 @@ def main():
     common.save_gif(out / "samples.gif", videos, every=2)
     print(f"\nTab. 1: {cfg.streams} streams, adaptive Heun, tolerance {cfg.tol:g}")
     print(common.table(rows, COLUMNS))
-    print(f"\nBI-FLOW as reported: eps {eps:g}, the lowest mean distance of its noise levels")
+    for row in rows:
+        if row["failed"]:
+            print(f"{row['method']}: {row['failed']}")
+    if eps is not None:
+        print(f"\nBI-FLOW as reported: eps {eps:g}, the lowest distance of its noise levels")
     print(f"wrote {', '.join(sorted(p.name for p in out.iterdir()))} in {out}/")
     print(f"{time.time() - began:.0f} s")
 

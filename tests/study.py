@@ -11,6 +11,7 @@ import copy
 import json
 import math
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -245,6 +246,34 @@ def biflow_twice(args):
         rows.append([name, float(np.mean(curve)), nfe, curve[-1], slope])
     print(f"\nCONDIFF, seed {cfg.seed}, {cfg.iters} steps\n")
     print(markdown(["solver", "distance", "evaluations", "last window", "slope"], rows))
+
+
+def biflow_curve(args):
+    """Learning curves: a trunk at a constant rate, and from 0.8 of each length a decay to its end.
+
+    --points: the lengths; --methods: of which methods. Goes on where it stopped.
+    """
+    cfg = biflow.Config(seed=args.seed, methods=args.methods, resume=True)
+    device = torch.device(args.device)
+    train, test, _ = common.load_clips(
+        "sky", "", cfg.size, (cfg.clips, 256), biflow.WINDOW, cfg.seed)
+    trunk = Path(args.out, "trunk")
+    for length in map(int, args.points.split(",")):
+        out = Path(args.out, str(length))
+        if (out / "results.json").exists():
+            continue
+        began = time.time()
+        if not out.exists():
+            constant = replace(cfg, iters=int(0.8 * length), lr_end=1.0)
+            biflow.train(constant, biflow.build(constant).to(device), train, trunk, device)
+            shutil.copytree(trunk, out)
+        branch = replace(cfg, iters=length)
+        nets = biflow.train(branch, biflow.build(branch).to(device), train, out, device)
+        rows, videos = biflow.evaluate(branch, nets, train, test, device)
+        torch.save(videos, out / "streams.pt")
+        common.write_results(out, "biflow", branch, device, {"name": "sky"}, rows, began,
+                             iters=length, reported_eps=biflow.best_eps(rows))
+        print(f"{length} steps\n{common.table(rows, biflow.COLUMNS)}", flush=True)
 
 
 def biflow_deciles(args):
@@ -1542,6 +1571,7 @@ PARTS = {
     "biflow-one": biflow_one,
     "biflow-wind": biflow_wind,
     "biflow-mazes": biflow_mazes,
+    "biflow-curve": biflow_curve,
     "biflow-deciles": biflow_deciles,
     "biflow-eps": biflow_eps,
     "biflow-between": biflow_between,
@@ -1579,6 +1609,7 @@ def main():
     parser.add_argument("--frames", type=int, default=128, help="frames in a stream")
     parser.add_argument("--features", default="r3d_18", help="r3d_18 or a TorchScript I3D file")
     parser.add_argument("--out", default="out/study", help="folder of a part that trains")
+    parser.add_argument("--methods", default=biflow.Config.methods, help="biflow-curve: of which")
     parser.add_argument("--iters", type=int, default=0,
                         help="of a part that trains; 0: as biflow.py")
     parser.add_argument("--model", default="", help="a model to start from; empty: the shipped one")

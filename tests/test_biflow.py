@@ -324,11 +324,18 @@ def test_a_stream_goes_on_for_ever_and_keeps_no_frame_but_the_last():
     assert sum(r() is not None for r in refs) <= 1
 
 
+def test_what_is_done_to_a_frame_that_was_handed_out_does_not_reach_the_next():
+    first = PAIR[0].clamp(-1, 1)
+    frames = stream(lambda x, n: (0.5 * x, torch.ones(4), None), first)
+    for k in range(1, 4):
+        x, _ = next(frames)
+        torch.testing.assert_close(x, 0.5**k * first)
+        x.fill_(9)
+
+
 # ---------------------------------------- network
 
-
-def parameters(net):
-    return sum(p.numel() for p in net.parameters())
+parameters = biflow.parameters
 
 
 @pytest.mark.parametrize("preset", biflow.PRESETS)
@@ -348,10 +355,16 @@ def test_methods_have_the_same_network_but_for_channels(preset):
     assert inside[0] == inside[1]
 
 
-def test_preset_paper_has_the_released_networks():
+def test_preset_paper_has_the_released_networks_but_for_the_clocks():
     with torch.device("meta"):
         nets = biflow.build(biflow.Config(**biflow.PRESETS["paper"]))
-    millions = [parameters(net) / 1e6 for net in nets.values()]
+    millions = []
+    for net in nets.values():
+        scales = 0  # the clock's other half: released blocks only shift
+        for block in net.modules():
+            if isinstance(block, biflow.ResBlock):
+                scales += parameters(block.clock) // 2
+        millions.append((parameters(net) - scales) / 1e6)
     assert millions == pytest.approx([278.0, 278.0, 247.8], rel=1e-3)
 
 
@@ -372,6 +385,70 @@ def test_shapes_and_that_the_net_hears_its_inputs(method):
     for i in range(len(given)):
         changed = [v + 0.2 * (i == j) for j, v in enumerate(given)]
         assert (call(*changed) - call(*given)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("preset", biflow.PRESETS)
+def test_no_norm_has_one_channel_a_group(preset):
+    with torch.device("meta"):
+        nets = biflow.build(biflow.Config(**biflow.PRESETS[preset]))
+        smallest = biflow.build(biflow.Config(width=8, mults="1"))
+    for net in (nets, smallest):
+        norms = [m for m in net.modules() if isinstance(m, torch.nn.GroupNorm)]
+        assert len(norms) > 10
+        assert all(m.num_channels >= 2 * m.num_groups for m in norms)
+
+
+@pytest.mark.parametrize("method", biflow.METHODS)
+def test_every_block_hears_every_clock(method):
+    f = biflow.build(biflow.Config(methods=method))[method]  # the widths of `tiny`
+    g = torch.Generator().manual_seed(1)
+    for p in f.parameters():
+        if not p.any():  # untrained last layers are zero, which would hide everything
+            p.data.normal_(0, 0.1, generator=g)
+    blocks = [m for m in f.modules() if isinstance(m, biflow.ResBlock)]
+    heard = []
+    for block in blocks:
+        block.register_forward_pre_hook(lambda block, args: heard.append(args))
+    x = randn(1, 3, 32, 32).float()
+    t = torch.tensor([0.3])
+    call = {"flow": lambda s: f(x, s), "condiff": lambda s: f(x, x, s),
+            "biflow": lambda s: f(x, s, t)}
+    clocks = [call[method]]
+    if method == "biflow":
+        clocks.append(lambda s: f(x, t, s))
+    for clock in clocks:
+        heard.clear()
+        clock(t)
+        before = list(heard)
+        heard.clear()
+        clock(t + 0.3)
+        assert len(heard) == len(before) == len(blocks)
+        for block, (h, emb), (_, other) in zip(blocks, before, heard):
+            with torch.no_grad():
+                moved = block(h, other) - block(h, emb)  # the clock alone has moved
+            assert moved.std() > 1e-3 * block(h, emb).std()  # of a deaf one: 1e-7
+
+
+def test_a_method_alone_starts_with_the_weights_that_it_has_among_others():
+    together = biflow.build(biflow.Config(seed=3))
+    other = biflow.build(biflow.Config(seed=4))
+    for method in biflow.METHODS:
+        alone = biflow.build(biflow.Config(seed=3, methods=method))
+        assert list(alone) == [method]
+        for key, value in alone.state_dict().items():
+            assert torch.equal(value, together.state_dict()[key])
+    weights = "flow.inp.weight"
+    assert not torch.equal(other.state_dict()[weights], together.state_dict()[weights])
+
+
+def test_a_longer_training_begins_as_a_shorter_one_and_all_end_low():
+    short = biflow.Config(iters=1000, lr=1e-3, lr_end=0.05)
+    long = biflow.Config(iters=5000, lr=1e-3, lr_end=0.05)
+    rate = biflow.learning_rate
+    for step in (1, 50, 100, 101, 500, 800):
+        assert rate(short, step) == rate(long, step) == pytest.approx(1e-3 * min(1, step / 100))
+    assert rate(short, 900) == pytest.approx(1e-3 * 0.525)
+    assert rate(short, 1000) == rate(long, 5000) == pytest.approx(5e-5)
 
 
 def test_amp_and_compile_give_the_same_answers():

@@ -22,8 +22,9 @@ import common
 from conftest import ROOT, TINY, content, refused, rendered, same_weights
 
 FILES = {"config.json", "log.csv", "ckpt.pt", "samples.gif", "sheet.png", "results.json"}
-KEYS = {"method", "solver", "eps", "nfe", "fvd", "fvd_first", "fvd_last", "slope", "floor", "curve",
-        "ms_per_frame", "samples", "real_samples", "floor_samples", "params"}
+KEYS = {"method", "solver", "eps", "evaluations", "distance", "first_window", "last_window", "slope",
+        "floor", "curve", "ms_per_frame", "samples", "real_samples", "floor_samples", "params",
+        "failed"}
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def numbers(out):
     """Tab. 1, but for what a clock measures."""
     rows = results_of(out)["rows"]
     for row in rows:
-        del row["ms_per_frame"]
+        row.pop("ms_per_frame", None)  # a row that failed has none
     return rows
 
 
@@ -124,21 +125,22 @@ def test_every_method_is_measured(whole):
     assert names == ["FLOW", "CONDIFF", "BI-FLOW eps 0", "BI-FLOW eps 0.2"]
     for row in rows:
         assert row.keys() == KEYS
-        assert row["nfe"] >= 3
-        assert 0 <= row["fvd"] < 1e9 and row["ms_per_frame"] > 0 and row["floor"] > 0
+        assert row["evaluations"] >= 3 and row["failed"] is None
+        assert 0 <= row["distance"] < 1e9 and row["ms_per_frame"] > 0 and row["floor"] > 0
         assert row["slope"] is None and len(row["curve"]) == 1  # 34 frames have one window
         assert (row["samples"], row["real_samples"], row["floor_samples"]) == (8, 1024, 8)
 
 
 def test_the_reported_noise_level_is_that_of_the_lowest_distance(whole):
     results = results_of(whole)
-    best = min(results["rows"][2:4], key=lambda row: row["fvd"])
+    best = min(results["rows"][2:4], key=lambda row: row["distance"])
     assert results["reported_eps"] == best["eps"]
 
 
 def test_the_log_has_every_loss(whole):
     log = (whole / "log.csv").read_text().splitlines()
-    assert log[0] == "step,flow,condiff,biflow_v,biflow_n,seconds" and log[-1].startswith("6,")
+    assert log[0] == "step,flow,seconds,condiff,biflow_v,biflow_n"
+    assert len(log) == 4 and log[-1].startswith("6,,")  # a row a method: others' cells are empty
 
 
 @pytest.mark.parametrize("name", ["samples.gif", "sheet.png"])
@@ -187,14 +189,14 @@ def test_ctrl_c_saves_and_ends_in_one_line(run, tmp_path):
     status, _, err = interrupted(run, 4)
     assert status == 130 and "Traceback" not in err
     assert err.splitlines()[-1].startswith("interrupted; ") and "--resume" in err
-    assert torch.load(tmp_path / "o" / "ckpt.pt", weights_only=True)["step"] == 4
+    assert torch.load(tmp_path / "o" / "ckpt.pt", weights_only=True)["steps"] == {"flow": 4}
     assert content(tmp_path / "o").keys() == {"config.json", "log.csv", "ckpt.pt"}
 
 
 def test_a_second_ctrl_c_ends_at_once_and_leaves_the_last_regular_save(run, tmp_path, monkeypatch):
     monkeypatch.setattr(biflow, "SAVE_EVERY", 2)
     assert interrupted(run, 5, times=2)[0] == 130
-    assert torch.load(tmp_path / "o" / "ckpt.pt", weights_only=True)["step"] == 4
+    assert torch.load(tmp_path / "o" / "ckpt.pt", weights_only=True)["steps"] == {"flow": 4}
 
 
 def test_resumed_it_ends_as_if_nothing_had_been(run, whole, tmp_path):
@@ -244,14 +246,62 @@ def test_a_loss_that_is_not_finite_stops_before_the_checkpoint_is_overwritten(
     assert content(tmp_path / "o") == before
 
 
-def test_a_solver_that_breaks_down_is_one_line(run, out, monkeypatch):
+def test_a_solver_that_breaks_down_fails_its_row_alone_and_says_so(run, whole, out, monkeypatch):
+    solve = biflow.condiff_step
+
     def breaks(*_):
         raise FloatingPointError("the solver broke down after 2001 evaluations: train longer")
 
-    monkeypatch.setattr(biflow, "solve_heun", breaks)
-    before = content(out)
-    refused(run("--out_dir", "o", "--eval_only", tiny=False), "the solver broke down")
-    assert content(out) == before
+    monkeypatch.setattr(biflow, "condiff_step", breaks)
+    status, text, _ = run("--out_dir", "o", "--eval_only", tiny=False)
+    assert status == 0 and "\nCONDIFF: the solver broke down after 2001 evaluations" in text
+    before = numbers(whole)
+    after = numbers(out)
+    assert after[0] == before[0] and after[2:] == before[2:]
+    assert after[1]["failed"].startswith("the solver broke down") and "distance" not in after[1]
+    monkeypatch.setattr(biflow, "condiff_step", solve)
+    monkeypatch.setattr(biflow, "biflow_step", breaks)
+    assert run("--out_dir", "o", "--eval_only", tiny=False)[0] == 0
+    assert results_of(out)["reported_eps"] is None
+
+
+# ---------------------------------------- methods
+
+def test_one_method_alone_learns_what_it_learns_among_others_and_others_are_added(
+        run, whole, tmp_path):
+    assert run("--out_dir", "o", "--methods", "biflow")[0] == 0
+    names = [row["method"] for row in results_of(tmp_path / "o")["rows"]]
+    assert names == ["BI-FLOW eps 0", "BI-FLOW eps 0.2"]
+    assert interrupted_while_adding(run, "condiff") == 130
+    assert run("--out_dir", "o", "--resume", "--methods", "flow", tiny=False)[0] == 0
+    assert numbers(tmp_path / "o") == numbers(whole)
+    ours = torch.load(tmp_path / "o" / "ckpt.pt", weights_only=True)
+    theirs = torch.load(whole / "ckpt.pt", weights_only=True)
+    assert ours["steps"] == theirs["steps"] == {"flow": 6, "condiff": 6, "biflow": 6}
+    for kind in ("nets", "averages"):
+        assert ours[kind].keys() == theirs[kind].keys()
+        assert all(torch.equal(value, theirs[kind][key]) for key, value in ours[kind].items())
+
+
+def interrupted_while_adding(run, method):
+    """--resume of 'o' with one method more, with a Ctrl-C in its third step."""
+    loss = biflow.condiff_loss
+    calls = []
+
+    def ctrl_c(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return loss(*args)
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(biflow, "condiff_loss", ctrl_c)
+        return run("--out_dir", "o", "--resume", "--methods", method, tiny=False)[0]
+
+
+@pytest.mark.parametrize("methods", ["", "flow,flow", "Flow", "flow;biflow", "flow,"])
+def test_methods_that_are_none_are_refused(run, methods):
+    refused(run("--methods", methods), f"--methods {methods}", "flow, condiff, biflow")
 
 
 # ---------------------------------------- real clips
