@@ -16,11 +16,9 @@ streams along both at once.
 
     python biflow.py --dataset sky                       # train all three and compare them
     python biflow.py --dataset clips --methods biflow    # train BI-FLOW alone on data/clips
-    python biflow.py --dataset sky --eval_only           # compare again, from the checkpoint
     python biflow.py --first photo.jpg                   # continue a picture; no training
 
-A run prints the form of the paper's Tab. 1. FLOW takes the fewest network evaluations and
-drifts away. CONDIFF pays the way from noise at every frame. BI-FLOW stays, at 0.4 of that.
+A run prints the form of the paper's Tab. 1: distance to real clips, network evaluations a frame.
 """
 import math
 import os
@@ -55,7 +53,6 @@ class Config:
     data_dir: str = opt("", "where DATASET/{train,test}/ lies; empty: data", free=True)
     preset: str = opt("auto", "tiny (two CPU cores), small (one GPU), paper; auto: by device")
     first: str = opt("", "a picture to continue, by the run in the output folder", free=True)
-    backward: bool = opt(False, "with --first: what came before it, too", free=True)
     resume: bool = opt(False, "go on with the run in the output folder", free=True)
     eval_only: bool = opt(False, "evaluate the run in the output folder again", free=True)
     out_dir: str = opt("", "empty: out/biflow-DATASET[-procedural]", free=True)
@@ -553,6 +550,12 @@ def frechet(a, b):
 
 # ---------------------------------------- evaluate
 
+def make_heun(tol):
+    def heun(field, x, args=()):
+        return solve_heun(field, x, args, tol)
+
+    return heun
+
 def make_step(method, net, eps, solve):
     """step(x, n) of a method, for stream()."""
     def step(x, n):
@@ -610,12 +613,6 @@ def distances(video, reference, device):
         found.append(frechet(own_features(window.to(device)), reference))
     slope = float(np.polyfit(ends, found, 1)[0]) if len(ends) > 1 else None
     return found, slope
-
-def make_heun(tol):
-    def heun(field, x, args=()):
-        return solve_heun(field, x, args, tol)
-
-    return heun
 
 def evaluate(cfg, nets, train_clips, test_clips, device):
     """Sec. 3.1: all methods stream from the same frames. Returns the rows of Tab. 1, and videos."""
@@ -689,27 +686,12 @@ def continue_picture(cfg, device):
     if cfg.compile:
         compile_all(nets)
     print(f"{folder or SHIPPED}: {made.dataset}, {made.iters} steps")
-
     first = to_float(common.read_picture(cfg.first, made.size))[None].to(device)  # (1, 3, H, W)
-    frames = cfg.frames or 64
-    heun = make_heun(cfg.tol)
-    methods = [method for method in METHODS if method in nets]
-    if cfg.backward:
-        methods = ["biflow"]  # the only one that can
-        if "biflow" not in nets:
-            raise Fault(f"--backward: there is no BI-FLOW in {folder}; add it by --resume "
-                        "--methods biflow")
     videos = {}
-    for method in methods:
-        step = make_step(method, nets[method], eps, heun)
-        name = METHODS[method] if method != "biflow" else f"BI-FLOW {eps:g}"
-        videos[name] = roll(step, first, frames, cfg.seed, name)[0]
-    if cfg.backward:
-        def step_back(x, n):
-            return biflow_step_back(nets["biflow"], x, n, eps, heun)
-
-        before = roll(step_back, first, frames, cfg.seed, "backward")[0]
-        videos[name] = torch.cat([before.flip(1), videos[name][:, 1:]], 1)
+    for method, net in nets.items():
+        step = make_step(method, net, eps, make_heun(cfg.tol))
+        name = METHODS[method]
+        videos[name] = roll(step, first, cfg.frames or 64, cfg.seed, name)[0]
     gif = Path(folder or "out") / "biflow-first.gif"
     common.save_gif(gif, videos, width=192)
     print(f"wrote {gif}")
@@ -738,8 +720,6 @@ def check(cfg):
         raise Fault(f"--size {cfg.size}: must be {2 * fold} or a larger multiple of {fold}")
     if 0 < cfg.frames < WINDOW:
         raise Fault(f"--frames {cfg.frames}: must be {WINDOW} at least")
-    if cfg.backward and not cfg.first:
-        raise Fault("--backward goes with --first PICTURE")
 
 def main():
     began = time.time()
