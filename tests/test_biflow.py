@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import biflow
 import common
@@ -578,3 +579,83 @@ def test_the_shipped_networks_know_the_sky_and_say_how_they_were_made():
     still = biflow.mse(x1, x0).mean()  # what a network that predicts no change has
     assert flow < 0.2 * still and v.mean() < 0.7 * still and noise.mean() < 0.2 and condiff < 0.2
     assert biflow.mse(frame, x1).mean() < 0.2 * still
+
+
+# ---------------------------------------- a GPU, as far as that can be traced without one
+# Tensors that have a device and a shape but no values: an operation on two devices is an error.
+
+
+def to_fake_gpu(net):
+    for module in net.modules():
+        for name, p in module.named_parameters(recurse=False):
+            value = torch.empty(p.shape, dtype=p.dtype, device="cuda")
+            module.register_parameter(name, torch.nn.Parameter(value))
+    return net
+
+
+def fake_inputs(*_):
+    """What common.prefetched yields: frames and draws on the GPU."""
+    for step in range(1, 4):
+        frames = torch.empty(2, 2, 3, 16, 16, dtype=torch.uint8, device="cuda")
+        t, alpha = torch.empty(2, 2, device="cuda")
+        yield step, (frames, t, alpha, torch.empty(2, 3, 16, 16, device="cuda"))
+
+
+class FakeLog:
+    def __init__(self, *_):
+        self.rows = []
+
+    def add(self, step, **losses):
+        assert step > 0 and all(loss.device.type == "cuda" for loss in losses.values())
+
+    def close(self):
+        pass
+
+
+def fake_backward(loss):
+    """autograd's engine asks the driver of a GPU: `backward()` is the one line that is not traced."""
+    assert loss.device.type == "cuda" and loss.requires_grad
+
+
+@pytest.mark.parametrize("method", biflow.METHODS)
+def test_training_on_a_gpu_meets_no_tensor_on_the_cpu(method, monkeypatch, tmp_path):
+    cfg = biflow.Config(size=16, width=8, mults="1,1.5", methods=method, iters=3)
+    net = biflow.build(cfg)
+    monkeypatch.setattr(common, "prefetched", fake_inputs)
+    monkeypatch.setattr(common, "Log", FakeLog)
+    monkeypatch.setattr(common, "save_checkpoint", lambda *_, **state: None)  # no values to write
+    monkeypatch.setattr(torch.Tensor, "backward", fake_backward)
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, raising=False)
+    with FakeTensorMode():
+        to_fake_gpu(net)
+        for p in net.parameters():
+            p.grad = torch.empty_like(p)
+        monkeypatch.setattr(torch.optim.AdamW, "zero_grad", lambda optimizer: None)
+        clips = common.Clips([4], 16)
+        averages = biflow.train(cfg, net, clips, tmp_path, torch.device("cuda"))
+        assert all(p.device.type == "cuda" for p in averages.parameters())
+
+
+def test_every_step_and_loss_on_a_gpu_meets_no_tensor_on_the_cpu():
+    net = biflow.build(biflow.Config(size=16, width=8, mults="1,1.5"))
+    once = lambda field, x, args=(): (field(x, torch.zeros(len(x), device="cuda"), *args), 0, 0)
+    with FakeTensorMode(), torch.no_grad():
+        to_fake_gpu(net)
+        x0, x1, n = torch.empty(3, 2, 3, 16, 16, device="cuda")
+        alpha = torch.empty(2, device="cuda")
+        for t in (0.3, torch.empty(2, device="cuda")):
+            made = [
+                biflow.biflow_loss(net["biflow"], x0, x1, alpha, alpha, n)[0],
+                denoise_step(net["biflow"], x0, t, t, once)[0],
+                biflow_step(net["biflow"], x0, n, t, once)[0],
+                biflow_step_back(net["biflow"], x0, n, t, once)[0],
+                predict_step(net["biflow"], x0, once)[0],
+                flow_step(net["flow"], x0, once)[0],
+                condiff_step(net["condiff"], x0, n, once)[0],
+            ]
+            assert all(x.device.type == "cuda" for x in made)
+        # The loop of solve_heun branches on values, which these tensors have not: its parts.
+        args = (alpha,)
+        field = lambda x, k, a: common.like(a, x) * x
+        h = biflow.hairer_first_step(field, x0, x1, args, 0.01)
+        assert h.device.type == "cuda" and biflow.rms(x0).device.type == "cuda"
