@@ -83,7 +83,7 @@ def biflow_table(args):
     results = []
     for folder in args.runs:
         results.append(json.loads((Path(folder) / "results.json").read_text(encoding="utf-8")))
-    keys = ("fvd", "nfe", "fvd_first", "fvd_last", "slope", "floor")
+    keys = ("distance", "evaluations", "first_window", "last_window", "slope", "floor")
     rows = []
     for k, row in enumerate(results[0]["rows"]):
         of_seeds = [run["rows"][k] for run in results]
@@ -119,12 +119,12 @@ def biflow_euler(args):
             step = biflow.make_step(method, nets[method], eps, solve_euler)
             video = biflow.roll(step, x, cfg.frames or 128, cfg.seed, method)[0]
             curve, slope = biflow.distances(video, reference, args.device)
-            found = dict(fvd=float(np.mean(curve)), fvd_last=curve[-1], slope=slope)
+            found = dict(distance=float(np.mean(curve)), last_window=curve[-1], slope=slope)
             rows.setdefault(biflow.METHODS[method], []).append(found)
     paper = {"FLOW": 2109, "CONDIFF": 994, "BI-FLOW": 491}
     table = []
     for name, of_seeds in rows.items():
-        cells = [over_seeds(of_seeds, key) for key in ("fvd", "fvd_last", "slope")]
+        cells = [over_seeds(of_seeds, key) for key in ("distance", "last_window", "slope")]
         table.append([name, *cells, paper[name]])
     print(markdown(["Euler, 20 steps", "distance", "last window", "slope", "paper: FVD"], table))
 
@@ -188,11 +188,11 @@ def train_and_show(args, cfg, nets, train, test):
 
 def biflow_one(args):
     """BI-FLOW as one network 3 -> 6 instead of two 3 -> 3, all else equal."""
-    cfg = biflow.Config(seed=args.seed)
-    nets = biflow.build(cfg)
+    cfg = biflow.Config(seed=args.seed, methods="biflow")
     torch.manual_seed(cfg.seed)
     mults = [float(m) for m in cfg.mults.split(",")]
-    nets["biflow"] = OneNetwork(cfg.width, mults, cfg.blocks, cfg.patch)
+    net = OneNetwork(cfg.width, mults, cfg.blocks, cfg.patch)
+    nets = nn.ModuleDict({"biflow": net.to(memory_format=torch.channels_last)})
     clips = common.load_clips("sky", "", cfg.size, (cfg.clips, 256), biflow.WINDOW, cfg.seed)
     train_and_show(args, cfg, nets, clips[0], clips[1])
 
@@ -274,6 +274,58 @@ def biflow_curve(args):
         common.write_results(out, "biflow", branch, device, {"name": "sky"}, rows, began,
                              iters=length, reported_eps=biflow.best_eps(rows))
         print(f"{length} steps\n{common.table(rows, biflow.COLUMNS)}", flush=True)
+
+
+def curve_rows(folders, file):
+    """{method: {length: [a row a folder]}} of runs of biflow-curve, from results or features."""
+    found = {}
+    for folder in folders:
+        for path in sorted(Path(folder).glob(f"*/{file}"), key=lambda p: int(p.parent.name)):
+            for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+                lengths = found.setdefault(row["method"], {})
+                lengths.setdefault(int(path.parent.name), []).append(row)
+    return found
+
+
+def biflow_curve_table(args):
+    """The learning curves of biflow-curve, one folder a method and seed; and a picture of them.
+
+    --step_ms: what a step of FLOW, CONDIFF and BI-FLOW takes alone on a core, in milliseconds.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    names = list(biflow.METHODS.values())
+    step_ms = dict(zip(names, map(float, args.step_ms.split(","))))
+    results = curve_rows(args.runs, "results.json")
+    imagenet = curve_rows(args.runs, "imagenet.json")
+    rows = []
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for name, lengths in results.items():
+        ms = step_ms[name.split(" eps")[0]]
+        minutes = [ms * length / 60000 for length in lengths]
+        for axis, found, key in ((axes[0], results, "distance"), (axes[1], imagenet, "all")):
+            if name not in found:
+                continue
+            seeds = [[row[key] for row in of_seeds] for of_seeds in found[name].values()]
+            line, = axis.plot(minutes, [np.mean(s) for s in seeds], label=name)
+            for x, values in zip(minutes, seeds):
+                axis.plot([x] * len(values), values, ".", color=line.get_color())
+        for length, minute in zip(lengths, minutes):
+            of_seeds = lengths[length]
+            cells = [over_seeds(of_seeds, key) for key in ("distance", "last_window")]
+            mean = float(np.mean([row["distance"] for row in of_seeds]))
+            seen = imagenet.get(name, {}).get(length, [])
+            evaluations = float(np.mean([row["evaluations"] for row in of_seeds]))
+            rows.append([name, length, f"{minute:.0f}", mean, *cells, f"{evaluations:.1f}",
+                         over_seeds(seen, "all"), over_seeds(seen, "last")])
+    for axis, title in zip(axes, ("distance, our features", "distance, ImageNet features")):
+        axis.set(xscale="log", yscale="log", xlabel="minutes of training, one core", title=title)
+        axis.legend()
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    figure.savefig(Path(args.out) / "biflow-curve.png", dpi=110)
+    print(markdown(["", "steps", "minutes", "distance, mean", "a seed", "last window",
+                    "evaluations", "ImageNet, all frames", "ImageNet, last window"], rows))
 
 
 def biflow_deciles(args):
@@ -438,43 +490,56 @@ def some_frames(clips, count, seed):
 
 @torch.no_grad()
 def biflow_imagenet(args):
-    """The ranking by ImageNet features of single frames.
+    """ImageNet features of the streams that biflow-curve kept, written beside them.
 
-    Frechet distances to frames of held-out clips: of all frames that a method streams, and of the
-    last 32 of every stream. Floor: of as many frames of training clips as all.
+    Frechet distances of single frames, --clips of each stream, to as many of held-out clips: of all
+    frames, and of the last 32. Floor: of as many frames of training clips.
     """
     features = imagenet_features(args.device)
-    table = {}
+    references = {}
     for folder in args.runs:
-        nets, cfg, train, test, results = biflow_run(folder, args.device)
-        count = cfg.streams * args.frames
-        reference = features(some_frames(test, count, cfg.seed))
-        floor = frechet(features(some_frames(train, count, cfg.seed)), reference)
-        table.setdefault("floor", []).append(dict(all=floor, last=None))
-        for name, video in streams(nets, cfg, test, results, args).items():
-            found = features(video.flatten(0, 1)).unflatten(0, video.shape[:2])  # (B, T, 1280)
-            table.setdefault(name, []).append(dict(
-                all=frechet(found.flatten(0, 1), reference),
-                last=frechet(found[:, -biflow.WINDOW:].flatten(0, 1), reference)))
-    rows = []
-    for name, of_seeds in table.items():
-        rows.append([name, over_seeds(of_seeds, "all"), over_seeds(of_seeds, "last")])
-    print(markdown(["ImageNet features", "all frames", "last window"], rows))
+        results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
+        seed = results["seed"]
+        videos = torch.load(Path(folder) / "streams.pt", weights_only=True)
+        rows = []
+        for row in results["rows"]:
+            video = videos[row["method"].replace("eps ", "")]  # uint8 (B, T, 3, H, W)
+            every = video.shape[1] // args.clips
+            last = video[:, -biflow.WINDOW::max(1, every // 4)]
+            count = video.shape[0] * args.clips
+            if seed not in references:
+                train, test, _ = common.load_clips("sky", "", 32, (1000, 256), biflow.WINDOW, seed)
+                real = features(some_frames(test, count, seed))
+                references[seed] = real, frechet(features(some_frames(train, count, seed)), real)
+            real, floor = references[seed]
+            every_frame = frechet(features(video[:, every - 1::every].flatten(0, 1)), real)
+            at_the_end = frechet(features(last.flatten(0, 1)), real)
+            rows.append(dict(method=row["method"], all=every_frame, last=at_the_end, floor=floor))
+        common.save_json(Path(folder) / "imagenet.json", dict(seed=seed, rows=rows))
+        print(folder, [(r["method"], round(r["all"], 1), round(r["last"], 1)) for r in rows],
+              f"floor {rows[0]['floor']:.1f}", flush=True)
 
 
 def ship_biflow(args):
-    """assets/models/biflow-sky.pt from a run: averaged weights in float16, how they were made."""
-    folder = Path(args.runs[0])
-    saved = common.load_checkpoint(folder / "ckpt.pt", "biflow")
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    made = dict(command="python " + results["command"], commit=commit_here(), steps=saved["step"],
-                seconds=results["wall_s"], device=results["device"], torch=results["torch"],
+    """assets/models/biflow-sky.pt: averaged weights in float16, of a run, or of one a method."""
+    steps = {}
+    averages = {}
+    seconds = 0
+    for folder in map(Path, args.runs):
+        saved = common.load_checkpoint(folder / "ckpt.pt", "biflow")
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        steps.update(saved["steps"])
+        seconds += saved["log"][-1]["seconds"]
+        for name, value in saved["averages"].items():
+            averages[name] = value.half() if value.is_floating_point() else value
+        if "biflow" in saved["steps"]:
+            eps = results["reported_eps"]
+    iters = saved["config"]["iters"]
+    made = dict(command=f"python biflow.py --dataset sky --iters {iters}", commit=commit_here(),
+                steps=iters, seconds=seconds, device=results["device"], torch=results["torch"],
                 machine=f"{platform.machine()}, {torch.get_num_threads()} threads")
-    average = {}
-    for name, value in saved["average"].items():
-        average[name] = value.half() if value.is_floating_point() else value
-    kept = dict(script="biflow", format=common.FORMAT, config=saved["config"], step=saved["step"],
-                average=average, eps=results["reported_eps"], made=made)
+    kept = dict(script="biflow", format=common.FORMAT, config=saved["config"], steps=steps,
+                averages=averages, eps=eps, made=made)
     with common.written_aside(biflow.SHIPPED) as part:
         torch.save(kept, part)
     print(f"wrote {biflow.SHIPPED}, {biflow.SHIPPED.stat().st_size / 1e6:.2f} MB: {made}")
@@ -1572,6 +1637,7 @@ PARTS = {
     "biflow-wind": biflow_wind,
     "biflow-mazes": biflow_mazes,
     "biflow-curve": biflow_curve,
+    "biflow-curve-table": biflow_curve_table,
     "biflow-deciles": biflow_deciles,
     "biflow-eps": biflow_eps,
     "biflow-between": biflow_between,
@@ -1609,6 +1675,7 @@ def main():
     parser.add_argument("--frames", type=int, default=128, help="frames in a stream")
     parser.add_argument("--features", default="r3d_18", help="r3d_18 or a TorchScript I3D file")
     parser.add_argument("--out", default="out/study", help="folder of a part that trains")
+    parser.add_argument("--step_ms", default="80,79,107", help="of FLOW, CONDIFF and BI-FLOW")
     parser.add_argument("--methods", default=biflow.Config.methods, help="biflow-curve: of which")
     parser.add_argument("--iters", type=int, default=0,
                         help="of a part that trains; 0: as biflow.py")
