@@ -1,9 +1,9 @@
 """Generative Video Bi-flow (Liu and Ritschel, ICCV 2025), https://arxiv.org/abs/2503.06364
 
-A neural ODE carries a frame into the next one. That is a shorter way than from noise (CONDIFF, the
-baseline), so it takes fewer solver steps. Alone (FLOW) it drifts off, because it never saw its own
-errors. BI-FLOW learns, on noisy frames, the way forward in time and the way out of the noise, and
-streams along both at once.
+A neural ODE carries a frame into the next one: a shorter way than from noise (CONDIFF, the
+baseline), so fewer solver steps. Alone (FLOW) it drifts off, because it never saw its own errors.
+BI-FLOW learns, on noisy frames, the way forward in time and the way out of the noise, and streams
+along both at once.
 
     Eq. 1   CONDIFF   min E || f(x_a, x0, a) - (x1 - n) ||^2,     x_a = n + a (x1 - n)
     Eq. 3   FLOW      min E || f(x_t, t) - (x1 - x0) ||^2,        x_t = x0 + t (x1 - x0)
@@ -84,9 +84,9 @@ PRESETS = {
         iters=6000, batch=64, size=64, clips=4000, width=72, mults="1,2,3", blocks=2,
         lr=5e-4, ema=0.999, amp=True, streams=64, frames=256,
     ),
-    # The released networks but for the clocks: 295 M parameters, BI-FLOW 262 M. A checkpoint of all
-    # three takes 13 GB. Their authors train minerl and mazes at --size 64 --mults 1,1,2,2,4,4, and
-    # squash a frame to a square where we crop it.
+    # The released networks but for the clocks, 291 M parameters, BI-FLOW 259 M. Weights, averages,
+    # gradients and one optimizer: 10 GB beside the activations; a checkpoint: 9 GB. The authors train
+    # minerl and mazes at --size 64 --mults 1,1,2,2,4,4, and squash a frame to a square; we crop it.
     "paper": dict(
         iters=200000, batch=128, size=128, clips=4000, width=192, mults="1,1,2,2,2,4,4", blocks=2,
         patch=1, lr=1e-4, lr_end=1.0, ema=0.0, amp=True, streams=128, frames=512,
@@ -95,9 +95,9 @@ PRESETS = {
 METHODS = {"flow": "FLOW", "condiff": "CONDIFF", "biflow": "BI-FLOW"}
 
 # x0, x1: a frame and the next, (B, 3, H, W) in [-1, 1]. n: noise of that shape. t: the clock from
-# the last frame (0) to the next (1). alpha: how much noise lies on a frame; only CONDIFF's runs
-# from noise (0) to the frame (1). eps: the alpha that streaming starts with. k: the solver's clock,
-# from 0 to 1. t, alpha, eps: (B,), or one number.
+# the last frame (0) to the next (1). alpha: how much noise lies on a frame (CONDIFF's runs from
+# noise, 0, to the frame, 1). eps: the alpha that streaming starts with. t, alpha, eps: (B,), or one
+# number. k: the solver's clock, from 0 to 1.
 
 # ---------------------------------------- THE METHOD: losses
 
@@ -214,9 +214,9 @@ def hairer_first_step(field, x, slope, args, tol):
 def solve_heun(field, x, args=(), tol=1e-2, max_evals=2000):
     """Adaptive Heun 2(1) with an integral step-size controller, every sample at steps of its own.
 
-    field(x, k, *args) -> dx/dk, like x (B, ...), at k (B,); the rows of args follow the samples. A
-    sample that has arrived leaves the batch; a rejected step keeps the slope it started with.
-    Returns x at k = 1, evaluations (B,) and tried steps (B,). FloatingPointError: a broken field.
+    field(x, k, *args) -> dx/dk, like x (B, ...), at k (B,); the rows of args follow the samples, and
+    a sample that has arrived leaves the batch. Returns x at k = 1, evaluations (B,) and tried steps
+    (B,). FloatingPointError: a broken field.
     """
     result = torch.empty_like(x)
     row = torch.arange(len(x), device=x.device)  # of result: where each sample of x belongs
@@ -506,10 +506,6 @@ def modules_of(averages):
 
 # ---------------------------------------- distance to real clips
 
-def energy(x):
-    """Mean square of every clip, (N, T, C, H, W) -> (N,); what nobody sees counts as none."""
-    return x.square().mean((1, 2, 3, 4)) + 1e-3
-
 def own_features(video):
     """Fixed, seeded features of short clips that see motion: uint8 (N, T > 4, 3, H, W) -> (N, 46).
 
@@ -531,8 +527,8 @@ def own_features(video):
         gy = x.diff(dim=-2)[:, :-1, ..., 1:]
         for gradient in (gx, gy):
             together = (dt * gradient).mean((1, 2, 3, 4))  # (N,)
-            correlation = together / (energy(dt) * energy(gradient)).sqrt()
-            found.append(2 * correlation[:, None])
+            energies = [y.square().mean((1, 2, 3, 4)) + 1e-3 for y in (dt, gradient)]
+            found.append(2 * (together / (energies[0] * energies[1]).sqrt())[:, None])
         x = F.avg_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
     return torch.cat(found, 1).cpu().double()  # MPS has no float64
 
@@ -627,12 +623,13 @@ def evaluate(cfg, nets, train_clips, test_clips, device):
     frames = cfg.frames or 128
     first, sequel = first_frames(test_clips, cfg.streams, frames, cfg.seed)
     x0 = to_float(first).to(device)
-    plan = [(method, None) for method in ("flow", "condiff") if method in nets]
-    if "biflow" in nets:
-        plan += [("biflow", float(eps)) for eps in cfg.eps.split(",")]
+    plan = [("flow", None), ("condiff", None)]
+    plan += [("biflow", float(eps)) for eps in cfg.eps.split(",")]
     rows = []
     videos = {}
     for method, eps in plan:
+        if method not in nets:
+            continue
         name = METHODS[method] if eps is None else f"{METHODS[method]} eps {eps:g}"
         row = dict(
             method=name, eps=eps, solver="heun", params=parameters(nets[method]), floor=floor,
