@@ -524,40 +524,14 @@ def hills(rng, size, y):
     above = (ridge - y - 0.5 / size) * 2 * size  # in half pixels
     return 1 / (1 + np.exp(np.clip(above, -30, 30)))
 
-def sky_flow(cumulus, hill, speed):
-    """Flow (T-1, 2, H, W) and visible (T-1, H, W) of sky(), from the lower clouds' opacity."""
-    u = np.where(cumulus > 0.5, speed, 0.5 * speed)[:-1]  # (T-1, H, W)
-    u[:, hill > 0.5] = 0
-
-    # What makes a pixel: 0 the upper layer, 1 the lower, 2 the hills, -1 a mixture.
-    maker = np.full(cumulus.shape, -1)
-    maker[cumulus < 0.02] = 0
-    maker[cumulus > 0.98] = 1
-    maker[:, hill > 0.01] = -1
-    maker[:, hill > 0.99] = 2
-
-    # One thing must make the pixel and both that its target lies between.
-    size = hill.shape[1]
-    target = np.arange(size) + u  # x in the next frame
-    visible = (maker[:-1] >= 0) & (target <= size - 1)
-    for x in (np.floor(target), np.ceil(target)):
-        column = np.clip(x, 0, size - 1).astype(int)
-        visible &= np.take_along_axis(maker[1:], column, 2) == maker[:-1]
-    flow = np.stack([u, np.zeros_like(u)], 1)  # (T-1, 2, H, W)
-    return torch.from_numpy(flow).float(), torch.from_numpy(visible)
-
-def sky(rng, size, frames, wind="known", flow=False):
+def sky(rng, size, frames):
     """Two layers of cloud drift over a sky of some hour of the day, behind a ridge of hills.
 
-    The lower one moves 0.5 to 1.5 pixels a frame (at 32), the upper one half as fast. With
-    wind="known" the speed follows the hour, so one frame tells it; "unknown" draws it apart.
-    Returns video uint8 (T, 3, H, W); with flow=True also the exact forward flow (T-1, 2, H, W)
-    in pixels, and visible, bool (T-1, H, W): one layer alone makes the pixel and its target.
+    The lower one moves 0.5 to 1.5 pixels a frame (at 32), the upper one half as fast: the later the
+    hour, the faster, so that one frame tells it. Returns video uint8 (T, 3, H, W), in a dict.
     """
-    hour, strength = rng.uniform(size=2)  # 0 = noon, calm ... 1 = dusk, windy
-    if wind == "known":
-        strength = hour
-    speed = (0.5 + strength) * size / 32
+    hour, _ = rng.uniform(size=2)  # 0 = noon, calm ... 1 = dusk, windy
+    speed = (0.5 + hour) * size / 32
 
     # So wide that nothing comes round again.
     wide = 2 ** math.ceil(math.log2(size + speed * frames + 1))
@@ -580,10 +554,7 @@ def sky(rng, size, frames, wind="known", flow=False):
     hill = hills(rng, size, y)
     picture = picture + hill[..., None] * (0.18 * dark + 8 - picture)
 
-    clip = dict(video=as_video(picture))
-    if flow:
-        clip["flow"], clip["visible"] = sky_flow(cumulus, hill, speed)
-    return clip
+    return dict(video=as_video(picture))
 
 # ---------------------------------------- procedural boxes: general motion, the robot, sprites
 

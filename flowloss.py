@@ -447,8 +447,6 @@ class FlowPairs:
             if rng.uniform() < 0.5:
                 t[1] = t[0] + 1 / last
             clip = common.robot(rng, size, 2, flow=True, clock=t)
-        elif which < 0.65:
-            clip = common.sky(rng, size, 2, flow=True)
         else:
             clip = common.shapes(rng, size, 2, flow=True, speed=0.7 * rng.integers(1, 4))
         return *clip["video"], clip["flow"][0]
@@ -460,7 +458,7 @@ class FlowPairs:
         return [torch.stack(part) for part in zip(*pairs)]
 
 def train_raft(cfg, out, device):
-    """The tiny RAFT, on exact flow of three worlds; some batches are noisy, as a D may be."""
+    """The tiny RAFT, on exact flow of two worlds; some batches are noisy, as a D may be."""
     torch.manual_seed(cfg.seed)
     raft = TinyRAFT().to(device)
     optimizer = torch.optim.AdamW(raft.parameters(), 2e-3)

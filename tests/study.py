@@ -197,57 +197,6 @@ def biflow_one(args):
     train_and_show(args, cfg, nets, clips[0], clips[1])
 
 
-def biflow_wind(args):
-    """Sky whose wind one frame does not tell."""
-    cfg = biflow.Config(seed=args.seed)
-    clips = common.load_clips(
-        "sky", "", cfg.size, (cfg.clips, 256), biflow.WINDOW, cfg.seed, wind="unknown")
-    train_and_show(args, cfg, biflow.build(cfg), clips[0], clips[1])
-
-
-def biflow_mazes(args):
-    """The paper's order in mazes is another one: CONDIFF, BI-FLOW, FLOW."""
-    common.WORLDS["mazes"] = mazes
-    cfg = biflow.Config(seed=args.seed)
-    train = common.render("mazes", "train", cfg.clips, cfg.size, biflow.WINDOW, cfg.seed)
-    test = common.render("mazes", "test", 256, cfg.size, biflow.WINDOW, cfg.seed)
-    train_and_show(args, cfg, biflow.build(cfg), train, test)
-
-
-def biflow_twice(args):
-    """CONDIFF alone, trained for --iters steps (0: twice as many as biflow.py), on the same draws.
-
-    The methods share no weight, so this is the CONDIFF that `biflow.py --iters N` would give.
-    """
-    cfg = biflow.Config(seed=args.seed)
-    cfg = replace(cfg, iters=args.iters or 2 * cfg.iters)
-    clips, test, _ = common.load_clips(
-        "sky", "", cfg.size, (cfg.clips, 256), biflow.WINDOW, cfg.seed)
-    net = biflow.build(cfg)["condiff"].to(args.device)
-    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
-    optimizer = torch.optim.AdamW(net.parameters(), cfg.lr)
-    batches = common.Batches(clips, cfg.batch, 2, cfg.seed)
-    for step in tqdm(range(1, cfg.iters + 1)):
-        x0, x1 = to_float(batches[step - 1].to(args.device)).unbind(1)
-        _, alpha, n = biflow.draw(cfg.seed, step, x0)
-        loss = biflow.condiff_loss(net, x0, x1, alpha, n).mean()
-        optimizer.param_groups[0]["lr"] = biflow.learning_rate(cfg, step)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        average.update_parameters(net)
-    reference = own_features(biflow.real_clips(test, 1024, cfg.seed).to(args.device))
-    rows = []
-    for name, solve in (("Heun", solve_heun), ("Euler, 20 steps", solve_euler)):
-        step = biflow.make_step("condiff", average.module.eval(), None, solve)
-        video, nfe, _ = biflow.roll(step, starts(cfg, test, args.device), 128, cfg.seed, name)
-        curve, slope = biflow.distances(video, reference, args.device)
-        rows.append([name, float(np.mean(curve)), nfe, curve[-1], slope])
-    print(f"\nCONDIFF, seed {cfg.seed}, {cfg.iters} steps\n")
-    print(markdown(["solver", "distance", "evaluations", "last window", "slope"], rows))
-
-
 def biflow_curve(args):
     """Learning curves: a trunk at a constant rate, and from 0.8 of each length a decay to its end.
 
@@ -328,27 +277,6 @@ def biflow_curve_table(args):
                     "evaluations", "ImageNet, all frames", "ImageNet, last window"], rows))
 
 
-def biflow_deciles(args):
-    """Held-out losses in ten bins of the clock: FLOW's t, the others' alpha."""
-    for folder in args.runs:
-        nets, cfg, _, test, _ = biflow_run(folder, args.device)
-        pairs = common.Batches(test, 256, 2, cfg.seed)[0].to(args.device)
-        x0, x1 = to_float(pairs).unbind(1)
-        t, u, n = biflow.draw(cfg.seed, 0, x0)
-        rows = {"FLOW": [], "CONDIFF": [], "BI-FLOW, v": [], "BI-FLOW, n": []}
-        with torch.no_grad():
-            for decile in range(10):
-                clock = (decile + u) / 10
-                v, noise = biflow.biflow_loss(nets["biflow"], x0, x1, t, clock, n)
-                rows["FLOW"].append(biflow.flow_loss(nets["flow"], x0, x1, clock).mean())
-                condiff = biflow.condiff_loss(nets["condiff"], x0, x1, clock, n)
-                rows["CONDIFF"].append(condiff.mean())
-                rows["BI-FLOW, v"].append(v.mean())
-                rows["BI-FLOW, n"].append(noise.mean())
-        heads = [f"{folder}", *(f"{d / 10:.1f}" for d in range(10))]
-        print(markdown(heads, [[k, *(v.item() for v in values)] for k, values in rows.items()]))
-
-
 def corruption(f, x, n, at=0.1):
     """What is left of noise that we put on frames ourselves, (B,): high where x is corrupt."""
     alpha = torch.full((len(x),), at, device=x.device)
@@ -385,75 +313,6 @@ def biflow_eps(args):
             curve, slope = biflow.distances(video, reference, args.device)
             table.append([folder, name, float(np.mean(curve)), nfe, slope])
     print(markdown(["run", "eps", "distance", "evaluations", "slope"], table))
-
-
-def biflow_between(args):
-    """A picture of the states between a frame (plus eps n) and the next: what is trained on."""
-    nets, cfg, _, test, results = biflow_run(args.runs[0], args.device)
-    x = starts(cfg, test, args.device)[:4]
-    eps = results["reported_eps"]
-    n = torch.randn(x.shape, generator=make_rng(cfg.seed, 3, 1)).to(x)
-    states = [x + eps * n]
-    for stop in np.linspace(0, 1, 9)[1:].tolist():
-        def part_way(field, x, args):
-            def slower(x, k, *args):
-                return stop * field(x, stop * k, *args)
-            return solve_heun(slower, x, args)
-
-        states.append(biflow.biflow_step(nets["biflow"], x, n, eps, part_way)[0])
-    rows = []
-    for i in range(len(x)):
-        rows.append(("", torch.cat([to_uint8(s[i:i + 1]) for s in states])))
-    path = Path(args.runs[0]) / "between.png"
-    common.save_pages(path, [common.sheet(rows, [f"{k}/8" for k in range(9)], scale=2, left=4)])
-    print(f"wrote {path}")
-
-
-def kinetics_features(name, device):
-    """(features(uint8 (N, T, 3, H, W)) -> (N, D), frames T) of a network the user has.
-
-    name: r3d_18 (torchvision's weights), or a TorchScript I3D file (i3d_torchscript.pt).
-    """
-    if name == "r3d_18":
-        from torchvision.models.video import R3D_18_Weights, r3d_18
-        net = r3d_18(weights=R3D_18_Weights.KINETICS400_V1).eval().to(device)
-        net.fc = nn.Identity()
-        prepare = R3D_18_Weights.KINETICS400_V1.transforms()
-        return lambda v: torch.cat([net(prepare(c)) for c in v.split(8)]).cpu().double(), 16
-    net = torch.jit.load(name, map_location=device).eval()
-    options = dict(rescale=True, resize=True, return_features=True)  # of the usual file; 0 .. 255
-
-    def features(v):
-        found = [net(c.float().transpose(1, 2), **options) for c in v.split(8)]
-        return torch.cat(found).cpu().double()
-
-    return features, 32
-
-
-@torch.no_grad()
-def biflow_fvd(args):
-    """The ranking by the user's own Kinetics network: r3d_18 or a TorchScript I3D file."""
-    features, length = kinetics_features(args.features, args.device)
-    for folder in args.runs:
-        nets, cfg, _, test, results = biflow_run(folder, args.device)
-        real = torch.stack([test.frames(i, 0, length) for i in range(len(test))])
-        reference = features(real.to(args.device))
-        rows = []
-        for name, video in streams(nets, cfg, test, results, args).items():
-            whole = video[:, :video.shape[1] // length * length]
-            clips = whole.unflatten(1, (-1, length)).flatten(0, 1)
-            rows.append([name, frechet(features(clips.to(args.device)), reference)])
-        print(markdown([f"{folder}", f"FVD by {args.features}"], rows))
-
-
-def streams(nets, cfg, test, results, args):
-    """What the three methods stream from held-out frames, uint8 (B, T, 3, H, W) each."""
-    x = starts(cfg, test, args.device)
-    found = {}
-    for method, eps in (("flow", None), ("condiff", None), ("biflow", results["reported_eps"])):
-        step = biflow.make_step(method, nets[method], eps, biflow.make_heun(cfg.tol))
-        found[biflow.METHODS[method]] = biflow.roll(step, x, args.frames, cfg.seed, method)[0]
-    return found
 
 
 def imagenet_features(device):
@@ -1485,163 +1344,16 @@ def first_picture(args):
     print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
 
 
-# ---------------------------------------- mazes: a world where one frame does not tell the motion
-
-HEADINGS = np.array([(1, 0), (0, 1), (-1, 0), (0, -1)])  # 0, 90, 180, 270 degrees
-
-
-def draw_maze(rng, cells):
-    """Walls with a few loops, bool (2 cells + 1, 2 cells + 1); rooms lie at odd indices."""
-    wall = np.ones((2 * cells + 1, 2 * cells + 1), bool)
-    wall[1::2, 1::2] = False
-    for i, j in np.ndindex(cells, cells):  # from every room on to the next row or column, or both
-        ways = []
-        if i + 1 < cells:
-            ways.append((1, 0))
-        if j + 1 < cells:
-            ways.append((0, 1))
-        if not ways:
-            continue
-        ways = rng.permutation(ways)
-        if rng.uniform() >= 0.25:
-            ways = ways[:1]
-        for a, b in ways:
-            wall[2 * i + 1 + a, 2 * j + 1 + b] = False
-    return wall
-
-
-def turns_at(wall, here, heading):
-    """Quarter turns to the ways that go on from a room: 0, 1, -1; 2 where there is none."""
-    ways = []
-    for turn in (0, 1, -1):
-        if not wall[tuple(here + HEADINGS[(heading + turn) % 4])]:
-            ways.append(turn)
-    return ways or [2]
-
-
-def draw_walk(rng, wall, frames):
-    """Positions (T, 2) and headings (T,), radians: it goes on where it can, or turns by chance."""
-    rooms = np.argwhere(~wall[1::2, 1::2]) * 2 + 1
-    here = rooms[rng.integers(len(rooms))]
-    open_ways = [k for k in range(4) if not wall[tuple(here + HEADINGS[k])]]
-    heading = int(rng.choice(open_ways))
-    late = rng.integers(8)  # it starts within the first step
-    pose = []
-    while len(pose) < frames + late:
-        ways = turns_at(wall, here, heading)
-        turn = ways[0]
-        if rng.uniform() >= 0.5:
-            turn = ways[rng.integers(len(ways))]
-        quarter = 6 * abs(turn)  # a quarter turn takes 6 frames
-        for k in range(quarter):
-            pose.append((*here, np.pi / 2 * (heading + turn * (k + 1) / quarter)))
-        heading = (heading + turn) % 4
-        for k in range(8):  # to the next room, 2 units away
-            pose.append((*(here + HEADINGS[heading] * (k + 1) / 4), np.pi / 2 * heading))
-        here = here + 2 * HEADINGS[heading]
-    pose = np.array(pose, np.float32)[late:late + frames]
-    return pose[:, :2] + 0.5, pose[:, 2]
-
-
-def draw_textures(rng):
-    """Five textures of 16 x 16 texels, one below the other, (5 * 256, 3)."""
-    v, u = np.mgrid[:16, :16]
-    bricks = (v % 4 == 0) | ((u + 4 * (v // 4 % 2)) % 8 == 0)
-    checks = (u // 4 + v // 4) % 2 == 0
-    stripes = u // 2 % 2 == 0
-    disc = np.hypot(u - 7.5, v - 7.5) < 5
-    slant = (u + v) // 4 % 2 == 0
-    patterns = np.array([bricks, checks, stripes, disc, slant])
-    hues = rng.uniform(40, 235, size=(5, 1, 1, 3)) * rng.uniform(0.9, 1.05, size=(5, 16, 16, 1))
-    dark = rng.permutation(patterns)[..., None]
-    return np.where(dark, 0.55 * hues, hues).reshape(-1, 3).astype(np.float32)
-
-
-def cast(wall, at, ray):
-    """From at (T, 1, 2) along ray (T, S, 2) to the first wall.
-
-    Returns its cell (T, S, 2), the distance in lengths of the ray, and whether its side is one
-    that lies along the first axis, (T, S) each.
-    """
-    cell = np.broadcast_to(np.floor(at), ray.shape).astype(np.int32)
-    step = np.where(ray > 0, 1, -1).astype(np.int32)
-    per = 1 / np.maximum(np.abs(ray), 1e-6)
-    reach = np.where(ray > 0, cell + 1 - at, at - cell) * per  # to the next grid line of each axis
-    depth = np.zeros(ray.shape[:2], np.float32)
-    side = np.zeros(ray.shape[:2], bool)
-    moving = np.ones(ray.shape[:2], bool)
-    while moving.any():
-        axis = reach[..., 1] < reach[..., 0]
-        depth = np.where(moving, reach.min(-1), depth)
-        side = np.where(moving, axis, side)
-        move = np.stack([~axis, axis], -1) & moving[..., None]
-        cell = cell + step * move
-        reach = reach + per * move
-        moving &= ~wall[cell[..., 0], cell[..., 1]]
-    return cell, depth, side
-
-
-def texel(x):
-    """Place on a texture, 0 to 15, of a coordinate."""
-    return (x % 1 * 16).astype(np.int32)
-
-
-def mazes(rng, size, frames, tan=0.9):
-    """A first-person walk through a textured maze by ray casting; no frame tells where it turns.
-
-    Returns video uint8 (T, 3, H, W). tan: half the picture's width at depth 1, which is also the
-    height of a wall.
-    """
-    wall = draw_maze(rng, 6)
-    at, angle = draw_walk(rng, wall, frames)
-    texture = draw_textures(rng)
-    style = rng.integers(4, size=wall.shape, dtype=np.int32)  # of a wall; the fifth is the floor
-    rays = 2 * size  # two by two a pixel, averaged in the end
-    screen = (np.arange(rays, dtype=np.float32) + 0.5) / rays * 2 - 1
-    screen = screen * np.float32(tan)
-    ahead = np.stack([np.cos(angle), np.sin(angle)], -1)[:, None]  # (T, 1, 2)
-    right = np.stack([-np.sin(angle), np.cos(angle)], -1)[:, None]
-    ray = ahead + screen[:, None] * right  # (T, S, 2); ahead is 1, so its length is depth
-    at = at[:, None]
-    cell, depth, side = cast(wall, at, ray)
-
-    hit = at + ray * depth[..., None]
-    height = screen[:, None] * depth[:, None]  # (T, rows, S): 0 is the eye, walls are -0.5 to 0.5
-    down = height > 0.5
-    far = 0.5 / np.maximum(screen, 1e-3)[:, None]  # depth of the floor, (rows, 1)
-    floor = at[:, :, None] + ray[:, None] * far[..., None]  # (T, rows, S, 2)
-    on_floor = texel(floor[..., 0]) * 16 + texel(floor[..., 1])
-    along = np.where(side, hit[..., 0], hit[..., 1])
-    on_wall = texel(height + 0.5) * 16 + texel(along)[:, None]
-    kind = style[cell[..., 0], cell[..., 1]][:, None]
-    colour = texture[np.where(down, 4 * 256 + on_floor, kind * 256 + on_wall)]
-    light_of_wall = np.where(side, 0.75, 1.0) / (1 + 0.06 * depth)
-    light = np.where(down, 0.8 / (1 + 0.06 * far), light_of_wall[:, None])
-    picture = colour * light[..., None].astype(np.float32)
-
-    low = (1 + screen / tan).clip(0, 1)[:, None]  # (rows, 1)
-    sky = np.array([95, 150, 215]) + np.array([90, 60, 25]) * low  # (rows, 3)
-    picture = np.where((height < -0.5)[..., None], sky[:, None].astype(np.float32), picture)
-    picture = picture.reshape(frames, size, 2, size, 2, 3).mean((2, 4))
-    return dict(video=common.as_video(picture))
-
-
 # ---------------------------------------- main
 
 PARTS = {
     "biflow-table": biflow_table,
     "biflow-euler": biflow_euler,
     "biflow-counts": biflow_counts,
-    "biflow-twice": biflow_twice,
     "biflow-one": biflow_one,
-    "biflow-wind": biflow_wind,
-    "biflow-mazes": biflow_mazes,
     "biflow-curve": biflow_curve,
     "biflow-curve-table": biflow_curve_table,
-    "biflow-deciles": biflow_deciles,
     "biflow-eps": biflow_eps,
-    "biflow-between": biflow_between,
-    "biflow-fvd": biflow_fvd,
     "biflow-imagenet": biflow_imagenet,
     "ship-biflow": ship_biflow,
     "flowloss-base": flowloss_base,
@@ -1673,7 +1385,6 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--frames", type=int, default=128, help="frames in a stream")
-    parser.add_argument("--features", default="r3d_18", help="r3d_18 or a TorchScript I3D file")
     parser.add_argument("--out", default="out/study", help="folder of a part that trains")
     parser.add_argument("--step_ms", default="80,79,107", help="of FLOW, CONDIFF and BI-FLOW")
     parser.add_argument("--methods", default=biflow.Config.methods, help="biflow-curve: of which")
