@@ -20,7 +20,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
-from itertools import combinations
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -30,21 +30,6 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 FORMAT = 2  # of config.json and checkpoints; another number cannot be read
-IMAGES = (".jpg", ".jpeg", ".png", ".webp")
-TENSORS = (".npy", ".npz", ".pt")
-VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
-FOLDERS = {
-    "sky": ["sky_timelapse"], "mazes": ["gqn_mazes"], "minerl": ["minerl_navigate"],
-    "carla": ["carla_no_traffic"], "biking": ["mountain_biking"], "riding": ["horseback_riding"],
-}
-SCALES = [  # black, white, overshoot, what the greatest must reach
-    ("integers", 0, 255, 0, 0),
-    ("16 bits", 0, 65535, 0, 65535 / 8),
-    ("floats", 0, 1, 0.05, 0),
-    ("floats", -1, 1, 0.1, -1),
-    ("floats", 0, 255, 12.75, 32),
-]
-HELD = 1 << 30  # bytes: a larger split is not held in memory
 
 class Fault(Exception):
     """Something the user can mend: shown as one line, exit status 2."""
@@ -155,272 +140,179 @@ def pick_device(name):
     return torch.device(name)
 
 # ---------------------------------------- real clips
-# Find the clips below a folder, look at each, decide for all what is black and white, split them in
-# train and test, read them. What cannot be read right is a Fault, or a clip that is left out aloud.
+# What is not surely read right is refused; a clip that is broken is left out, and named.
 
-@dataclass
-class Clip:
-    """One clip on disk."""
-    name: str  # below the folder of the set
-    path: Path  # its folder or file
-    files: list  # its frames, or that file
-    length: int = 0
-    shown: list = None  # of a gif or webp: the picture of each frame
-    values: str = "8 bits"  # or one of SCALES
-    low: float = 0
-    high: float = 0
-    scale: tuple = (0, 255)  # black and white
-    bad: str = ""  # why it is not used
+IMAGES = ".jpg .jpeg .png .webp".split()
+ARRAYS = ".npy .pt".split()
+OTHERS = (".avif .bmp .dng .exr .heic .heif .jfif .jp2 .jpe .jxl .npz .pgm .ppm .tga .tif .tiff "
+          ".avi .m4v .mkv .mov .mp4 .mpg .webm .wmv").split()
+FOLDERS = {
+    "sky": ["sky_timelapse"], "mazes": ["gqn_mazes"], "minerl": ["minerl_navigate"],
+    "carla": ["carla_no_traffic"], "biking": ["mountain_biking"], "riding": ["horseback_riding"],
+}
+HELD = 1 << 30  # bytes of frames in memory; what is beyond is read when it is needed
+NUMBER = r"((?:(?<![^\W_])-)?\d+(?:\.\d+)?)"  # -1 in t_-1.png, but 1 in take-1.png
 
 def natural(name):
-    """A sort key: frame_2 comes before frame_10."""
-    parts = re.split(r"(\d+)", name.lower())
-    parts[1::2] = [int(digits) for digits in parts[1::2]]
+    """A sort key: frame_2 comes before frame_10, 0.25 before 0.5, and -1 before 0."""
+    parts = re.split(NUMBER, name.lower())
+    parts[1::2] = [Decimal(number) for number in parts[1::2]]
     return parts, name
-
-def _kind(path):
-    return re.sub(r"\d+", "#", path.name.lower()).replace(".jpeg", ".jpg")
 
 def _is_clip(path):
     suffix = path.suffix.lower()
     if suffix != ".webp" or not path.is_file():
-        return suffix == ".gif" or suffix in TENSORS
-    head = path.read_bytes()[:21]
-    return head[12:16] == b"VP8X" and head[20] & 2 == 2  # the bit for animation
+        return suffix == ".gif" or suffix in ARRAYS
+    with open(path, "rb") as file:
+        head = file.read(21)
+    return head[12:16] == b"VP8X" and head[-1] & 2 == 2  # the bit for animation
 
-def _crossed(frames):
-    """Whether two counters cross: 1_cam1, 1_cam2, 2_cam1, 2_cam2."""
-    numbers = [re.findall(r"\d+", p.stem) for p in frames]
-    for a, b in combinations(zip(*numbers), 2):
-        sizes = [len(set(a)), len(set(b))]
-        if min(sizes) > 1 and len(set(zip(a, b))) == sizes[0] * sizes[1]:
-            return True
-    return False
-
-def _walk(root):
-    seen = set(root.resolve().parents)
-    for name, below, names in os.walk(root, followlinks=True):
-        folder = Path(name)
-        real = folder.resolve()
-        hidden = folder != root and folder.name[0] in ".@"
-        if hidden or real in seen or real in folder.parent.resolve().parents:
-            below.clear()  # a link may lead back up
-            continue
-        seen.add(real)
-        below.sort(key=natural)
-        names.sort(key=natural)
-        yield folder, [folder / n for n in names if not n.startswith(".")]
+def _stop(error):
+    raise Fault(f"a folder cannot be read: {error}")
 
 def _find(root):
+    """The files of every clip below a folder, by its name. Raises Fault."""
     found = {}
-    for folder, paths in _walk(root):
-        alone = [p for p in paths if _is_clip(p)]
-        frames = [p for p in paths if p.suffix.lower() in IMAGES and p not in alone]
-        kinds = sorted({_kind(p) for p in frames}) + [f"clips {_kind(p)}" for p in alone[:1]]
-        if frames and len(kinds) > 1:
-            raise Fault(f"{folder} holds {kinds[0]} and {kinds[-1]}: move one kind out")
-        if _crossed(frames):
-            order = ", ".join(p.name for p in frames[:4])
-            print(f"warning: two counters in {folder}, read as ONE clip: {order}, ...",
-                  file=sys.stderr)
-        found.update({p: [p] for p in alone})
+    seen = set(root.resolve().parents)  # a link may lead back up
+    for folder, below, names in os.walk(root, onerror=_stop, followlinks=True):
+        below[:] = sorted(n for n in below if n[0] not in ".@")
+        if Path(folder).resolve() in seen:
+            below.clear()
+            continue
+        seen.add(Path(folder).resolve())
+        frames = []
+        kinds = set()
+        for path in [Path(folder, n) for n in sorted(names, key=natural) if n[0] != "."]:
+            suffix = path.suffix.lower()
+            bare = path.with_suffix("")
+            if suffix in OTHERS and not bare.is_dir():
+                frames = str(bare).replace("%", "%%")
+                raise Fault(f"{path} is not read: save pictures as png, arrays as uint8 .npy, a "
+                            f'video by mkdir "{bare}" && ffmpeg -i "{path}" "{frames}/%05d.png"')
+            if _is_clip(path):
+                found[path.relative_to(root).as_posix()] = [path]
+                kinds.add(f"clips #{suffix}")
+            elif suffix in IMAGES:
+                frames.append(path)
+                kinds.add(re.sub(NUMBER, "#", path.name.lower()).replace(".jpeg", ".jpg"))
         if frames:
-            found[folder] = frames
-    paths = {p.relative_to(root).as_posix(): p for p in found}
-    return [Clip(n, paths[n], found[paths[n]]) for n in sorted(paths, key=natural)]
+            found[Path(folder).relative_to(root).as_posix()] = frames
+        if frames and len(kinds) > 1:
+            raise Fault(f"{folder} holds {min(kinds)} and {max(kinds)}: move one kind out")
+        tails = re.findall(r"\d\.(\d+)", " ".join(names))
+        if len(set(map(len, tails))) > 1 and re.search(r"\d0\b", " ".join(tails)):
+            raise Fault(f"{folder}: is 1.10 after 1.9? number the frames 1, 2, 3")
+    return found
 
-def _split(clips):
+def _split(names):
     """Train and test, as folders say if they do of every clip, else 80-20."""
     words = "(?i)([^/]*[^a-z/])?({})([^a-z/][^/]*)?/"
-    train = [c for c in clips if re.match(words.format("train(ing)?"), c.name)]
-    test = [c for c in clips if re.match(words.format("test(ing)?|val(id(ation)?)?"), c.name)]
-    if train and test and len(train + test) == len(clips):
+    train = [n for n in names if re.match(words.format("train(ing)?"), n)]
+    test = [n for n in names if re.match(words.format("test(ing)?|val(id(ation)?)?"), n)]
+    if train and test and len(train + test) == len(names):
         return train, test
-    order = np.random.default_rng(42).permutation(len(clips))
-    n = max(1, round(0.2 * len(clips)))
-    return [clips[i] for i in sorted(order[n:])], [clips[i] for i in sorted(order[:n])]
+    order = np.random.default_rng(42).permutation(len(names))
+    n = max(1, round(0.2 * len(names)))
+    return [names[i] for i in sorted(order[n:])], [names[i] for i in sorted(order[:n])]
 
 def _array(path):
-    suffix = path.suffix.lower()
-    if suffix == ".pt":
-        arrays = {"it": torch.load(path, weights_only=True, map_location="cpu").numpy()}
-    elif suffix == ".npz":
-        arrays = dict(np.load(path))
+    """(T, H, W, 3) of a .npy or .pt, of which only what is used is read. Raises Fault."""
+    if path.suffix.lower() == ".npy":
+        array = np.load(path, mmap_mode="r")
     else:
-        arrays = {"it": np.load(path, mmap_mode="r")}  # only what is used is read
-    videos = [a for a in arrays.values() if a.ndim == 4 and 3 in (a.shape[1], a.shape[3])]
-    if len(videos) != 1 or videos[0].shape[1] == videos[0].shape[3]:
-        shapes = ", ".join(f"{name} {a.shape}" for name, a in arrays.items())
-        raise ValueError(f"ambiguous or not (T, H, W, 3) or (T, 3, H, W): {shapes}")
-    if videos[0].shape[1] == 3:
-        return videos[0].transpose(0, 2, 3, 1)
-    return videos[0]  # (T, H, W, 3)
+        array = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    kind = str(getattr(array, "dtype", type(array)))
+    shape = tuple(getattr(array, "shape", ()))
+    if kind not in ("uint8", "torch.uint8") or len(shape) != 4 or shape[1::2].count(3) != 1:
+        raise Fault(f"holds {kind} {shape}: save it as uint8, 0 black and 255 white, "
+                    "(T, H, W, 3) or (T, 3, H, W)")
+    array = np.asarray(array)
+    return array if shape[3] == 3 else array.transpose(0, 2, 3, 1)
 
 def _shown(path):
-    """Which picture each frame shows: one that repeats is stored once, for longer."""
+    """Numbers of the frames in a file: a picture that repeats is stored once, for longer."""
+    if path.suffix.lower() in ARRAYS:
+        return range(len(_array(path)))
     durations = []
     with Image.open(path) as image:
         for k in range(image.n_frames):
             image.seek(k)
             image.load()  # a webp knows its duration only then
             durations.append(image.info.get("duration") or 0)
-    shortest = min([d for d in durations if d > 0], default=1)
+    least = min([d for d in durations if d > 0], default=1)
+    once = [max(d, least) for d in durations if d <= least + 10]  # a gif rounds to 10 ms
     shown = []
     for k, d in enumerate(durations):
-        shown += [k] * round(max(d, shortest) / shortest)
+        shown += [k] * (1 if d <= least + 10 else round(d / np.mean(once)))
     return shown
 
-def _look(clip, min_frames):
-    clip.length = len(clip.files)
-    if clip.path in clip.files and clip.path.suffix.lower() in TENSORS:
-        array = _array(clip.path)
-        clip.length = len(array)
-        if array.dtype != np.uint8:
-            _look_at(clip, array)
-    elif clip.path in clip.files:
-        clip.shown = _shown(clip.path)
-        clip.length = len(clip.shown)
-    if clip.length < min_frames:
-        clip.bad = f"only {clip.length} of {min_frames} frames"
-
-def _look_at(clip, array):
-    clip.low = float(array.min())
-    clip.high = float(array.max())
-    if array.dtype.kind not in "iuf" or not np.isfinite(clip.low + clip.high):
-        raise ValueError(f"holds {array.dtype} from {clip.low} to {clip.high}")
-    clip.values = "floats" if array.dtype.kind == "f" else "integers"
-    if array.dtype.str[1:] == "u2":  # in any byte order
-        clip.values = "16 bits"
-
-def _set_scales(root, clips):
-    """Decides once for the whole set what is black and white."""
-    for values in sorted({c.values for c in clips} - {"8 bits"}):
-        some = [c for c in clips if c.values == values]
-        low = min(c.low for c in some)
-        high = max(c.high for c in some)
-        scale = None
-        for kind, black, white, off, reach in SCALES:
-            fits = black - off <= low and reach <= high <= white + off
-            if kind == values and fits and (black == 0 or low < -0.25):
-                scale = (black, white)
-        span = f"{values} from {low:.5g} to {high:.5g}"
-        if scale is None:
-            raise Fault(f"{root} holds {span}: read are integers 0 .. 255, 16 bits that fill "
-                        "0 .. 65535, floats that fill 0 .. 1, -1 .. 1 or 0 .. 255")
-        print(f"{root} holds {span}, read as {scale[0]} .. {scale[1]}")
-        for clip in some:
-            clip.scale = scale
-
-def _image(array, scale):
-    if array.dtype != np.uint8:
-        black, white = scale
-        scaled = (array.astype(np.float32) - black) * (255 / (white - black))
-        array = scaled.round().clip(0, 255).astype(np.uint8)
-    return Image.fromarray(array)
-
-def _images(clip, start, stop):
-    if clip.path not in clip.files:
-        for path in clip.files[start:stop]:
-            with Image.open(path) as image:
-                yield image
-    elif clip.shown is None:
-        for frame in _array(clip.path)[start:stop]:
-            yield _image(frame, clip.scale)
-    else:
-        with Image.open(clip.path) as image:
-            for k in clip.shown[start:stop]:
-                image.seek(k)
-                yield image
-
 def square(image, size):
-    """The largest centred square of a PIL image, laid over black, uint8 (3, size, size)."""
-    if image.mode.startswith("I"):
-        image = _image(np.array(image), (0, 65535))
+    """The largest centred square of a PIL image as it is to be seen, uint8 (3, size, size)."""
+    if image.mode[0] in "IF" or ";16" in str(getattr(image, "tile", "")):
+        raise Fault("holds more than 8 bits a channel: save it with 8")
+    image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, "black")
         image = Image.alpha_composite(black, image.convert("RGBA"))
     image = ImageOps.fit(image.convert("RGB"), (size, size))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
+def _picture(path, size):
+    with Image.open(path) as image:
+        return square(image, size)
+
 def read_picture(path, size):
     """Any picture as uint8 (3, size, size). Raises Fault."""
     try:
-        with Image.open(Path(path).expanduser()) as image:
-            return square(ImageOps.exif_transpose(image), size)
+        return _picture(Path(path).expanduser(), size)
     except Exception as e:  # each format has its own
         raise Fault(f"{path} cannot be read as a picture: {e}")
 
-def _read(clip, size, start=0, stop=None):
-    frames = []
-    shapes = set()
-    for image in _images(clip, start, stop):
-        image = ImageOps.exif_transpose(image)
-        shapes.add(image.size)
-        if image.mode.startswith("I"):
-            clip.values = "16 bits"
-            clip.high = max(clip.high, image.getextrema()[1])
-        frames.append(square(image, size))
-    if len(shapes) > 1:
-        raise ValueError("its frames differ in size")
-    return torch.stack(frames)  # (T, 3, size, size)
-
-def _each(work, clips, *more):
-    """work(clip, *more) of all, None where it fails."""
-    def attempt(clip):
-        try:
-            return work(clip, *more)
-        except Exception as e:  # each reader has its own
-            clip.bad = (str(e) or type(e).__name__).splitlines()[0][:120]
-    with ThreadPoolExecutor() as pool:
-        return list(tqdm(pool.map(attempt, clips), "reading", len(clips), leave=False))
+def _read(path, frames, size):
+    """These frames of a clip, uint8 (T, 3, size, size)."""
+    if isinstance(frames[0], Path):
+        with ThreadPoolExecutor() as pool:
+            return torch.stack(list(pool.map(_picture, frames, [size] * len(frames))))
+    pictures = []
+    if path.suffix.lower() in ARRAYS:
+        for array in _array(path)[frames.start:frames.stop]:
+            pictures.append(square(Image.fromarray(array), size))
+    else:
+        with Image.open(path) as image:
+            for k in frames:
+                image.seek(k)
+                pictures.append(square(image, size))
+    return torch.stack(pictures)
 
 @dataclass
 class Clips:
     """The clips of one split, real or rendered."""
     lengths: list  # frames of each
     size: int
-    cache: list = None  # uint8 (T, 3, size, size) each; None: read from disk when needed
+    cache: list  # uint8 (T, 3, size, size) of each; None: read from disk when needed
     captions: list = None
     names: list = None  # and so on: of real clips
     sizes: list = None  # bytes on disk
     paths: list = None
-    real: list = None
+    sources: list = None  # files of frames, or their numbers
 
     def __len__(self):
         return len(self.lengths)
 
     def frames(self, i, start=0, stop=None):
         """Frames start to stop of clip i, uint8 (T, 3, size, size). Raises Fault if it is gone."""
-        if self.cache is not None:
+        if self.cache[i] is not None:
             return self.cache[i][start:stop]
         try:
-            return _read(self.real[i], self.size, start, stop)
+            return _read(self.paths[i], self.sources[i][start:stop], self.size)
         except Exception as e:
             raise Fault(f"clip {self.names[i]} cannot be read any more: {e}")
 
-def _load(clips, size, min_frames, where):
-    good = [c for c in clips if not c.bad]
-    held = sum(c.length for c in good) * 3 * size * size <= HELD
-    stop = None if held else 1  # one frame shows if it can be read
-    videos = _each(_read, good, size, 0, stop)
-    bad = [f"{c.name} ({c.bad})" for c in clips if c.bad]
-    if bad:
-        print(f"warning: skipped {len(bad)} of {len(clips)} {where}: {', '.join(bad)}",
-              file=sys.stderr)
-    good = [c for c in good if not c.bad]
-    if not good:
-        raise Fault(f"no usable {where}: a clip is a folder of numbered jpg/png/webp frames, an "
-                    "animated gif/webp, or a .npy/.npz/.pt tensor, of "
-                    f"{min_frames} frames or more; two clips at least")
-    cache = [v for v in videos if v is not None] if held else None
-    sizes = [sum(p.stat().st_size for p in c.files) for c in good]
-    return Clips([c.length for c in good], size, cache, None, [c.name for c in good], sizes,
-                 [c.path for c in good], good)
-
 def places(dataset, data_dir):
     """The folders in which a set is looked for."""
-    folder = Path(os.path.expanduser(data_dir or "data"))
-    return [folder / name for name in [dataset, *FOLDERS.get(dataset, [])]]
+    folder = os.path.expanduser(data_dir or "data")
+    names = [dataset, *FOLDERS.get(dataset, [])]
+    return [Path(folder, os.path.expanduser(name)) for name in names]
 
 def load_real(dataset, data_dir, size, min_frames=2):
     """Train and test Clips of size x size, None if there is no folder. Raises Fault."""
@@ -428,23 +320,40 @@ def load_real(dataset, data_dir, size, min_frames=2):
     if not folders:
         return None
     root = folders[0]
-    clips = _find(root)
-    _each(_look, clips, min_frames)
-    usable = [c for c in clips if not c.bad]
-    videos = [p for p in root.rglob("*") if p.suffix.lower() in VIDEOS]
-    if videos and not usable:
-        frames = videos[0].with_suffix("")
-        raise Fault(f"{root} holds videos: make a folder of frames of each, "
-                    f'mkdir "{frames}" && ffmpeg -i "{videos[0]}" "{frames}/%05d.png"')
-    _set_scales(root, usable)
-    parts = _split(clips)
-    train = _load(parts[0], size, min_frames, f"train clips in {root}")
-    test = _load(parts[1], size, min_frames, f"test clips in {root}")
-    _set_scales(root, [c for c in usable if c.path not in c.files])
-    some = [train.frames(i, n // 2, n // 2 + 50) for i, n in enumerate(train.lengths[:10])]
-    if (torch.cat(some) == some[0][:1, :, :1, :1]).all():
-        raise Fault(f"{root}: every frame is of one colour: nothing to learn from")
-    return train, test
+    found = _find(root)
+    names = sorted(found, key=natural)
+    clips = {}
+    room = HELD
+    for name in tqdm(names, "reading", leave=False):
+        path = root / name
+        frames = found[name]
+        try:
+            bytes = sum(p.stat().st_size for p in frames)
+            if frames == [path]:
+                frames = _shown(path)
+            if len(frames) < min_frames:
+                raise ValueError(f"only {len(frames)} of {min_frames} frames")
+            video = None
+            if len(frames) * 3 * size * size <= room:
+                video = _read(path, frames, size)
+                room -= video.numel()
+                if (video.amax((0, 2, 3)) - video.amin((0, 2, 3))).max() < 2:
+                    raise ValueError("every frame is of one colour; is white 255?")
+            clips[name] = (len(frames), video, name, bytes, path, frames)
+        except Fault as e:
+            raise Fault(f"{path} {e}")
+        except Exception as e:  # each reader has its own
+            tqdm.write(f"warning: skipped {name!r}: {e!r:.150}", file=sys.stderr)
+    splits = []
+    for split in _split(names):
+        good = [clips[name] for name in split if name in clips]
+        if not good:
+            raise Fault(f"no usable clips in {root}: two are needed, each a folder of jpg, png or "
+                        "webp frames, a gif, an animated webp, or a uint8 .npy or .pt, of "
+                        f"{min_frames} frames or more")
+        lengths, cache, *others = map(list, zip(*good))
+        splits.append(Clips(lengths, size, cache, None, *others))
+    return splits
 
 def data_record(train, test):
     """What was trained on, wherever it lies, for config.json."""
@@ -461,14 +370,10 @@ def data_record(train, test):
 def check_record(train, test, record, out):
     """Raises Fault, saying what differs, if these are not the clips that the run in `out` had."""
     now = data_record(train, test)
-    if now["source"] != record["source"]:
-        raise Fault(f"the run in {out} was trained on {record['source']} clips, and here are "
-                    f"{now['source']} ones; the folder of its clips is named by --data_dir")
-    text = "{clips} clips, {frames} frames, {bytes:,} bytes, names and sizes {digest}"
-    for split in ("train", "test"):
-        if now.get(split) != record.get(split):
-            raise Fault(f"the {split} clips are not those of the run in {out}, which had "
-                        f"{text.format(**record[split])}; here are {text.format(**now[split])}")
+    for part in record:
+        if now.get(part) != record[part]:
+            raise Fault(f"{out} was trained on other clips: {part} was {record[part]}, here it is "
+                        f"{now.get(part)}; --data_dir names their folder")
 
 # ---------------------------------------- the procedural sky
 
@@ -1040,19 +945,21 @@ def to_uint8(x):
 
 # ---------------------------------------- captions
 
-ALONE = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # Chinese and Japanese: a character is a word
-BETWEEN = r"\s!-/:-@\[-`{-~\u00a1-\u00bf\u2000-\u206f\u3000-\u303f"  # space and punctuation
-
 def split_words(caption):
     """A caption in any script -> its words, in small letters."""
-    caption = unicodedata.normalize("NFKC", caption).lower()
-    return re.findall(f"[{ALONE}]|[^{ALONE}{BETWEEN}]+", caption)
+    spaced = ""
+    for c in unicodedata.normalize("NFKC", caption).lower().replace("i\u0307", "i"):  # Turkish
+        kind = unicodedata.category(c)
+        if kind[0] == "L" and "\u3040" <= c <= "\u9fff":  # Chinese, Japanese: each is a word
+            spaced += f" {c} "
+        elif kind[0] in "LMN":
+            spaced += c
+        elif kind != "Cf" or c == "\u200b":  # Cf: marks of byte order, of direction
+            spaced += " "
+    return [word for word in spaced.split() if word[0].isalnum()]
 
 def to_indices(captions, words, length):
-    """Captions -> (N, length): 1 + a word's place in the list `words`, then 0.
-
-    Words that are not in the list are left out; what is longer than `length` is cut off.
-    """
+    """Captions -> (N, length): 1 + a word's place in `words`, then 0; others are left out."""
     index = {word: k for k, word in enumerate(words, 1)}
     text = torch.zeros(len(captions), length, dtype=torch.long)
     for row, caption in zip(text, captions):
@@ -1061,44 +968,30 @@ def to_indices(captions, words, length):
     return text
 
 def captions_of(clips, dataset):
-    """The caption of every clip; of a real one the text file beside it. Raises Fault.
-
-    clip7/ and clip7.gif have theirs in clip7.txt.
-    """
-    if clips.paths is None:
-        if not clips.captions[0]:
-            raise Fault(f"--dataset {dataset}: this procedural world has no captions; use sprites, "
-                        "or clips of your own with a text file beside each")
-        return clips.captions
-    found = []
-    for clip in clips.paths:
+    """The caption of every clip: clip7.txt for clip7/ or clip7.gif. Raises Fault."""
+    if clips.paths is None and not clips.captions[0]:
+        raise Fault(f"--dataset {dataset} has no captions: use sprites, or clips of your own")
+    found = clips.captions or []
+    for clip in clips.paths or []:
         path = clip.with_name((clip.name if clip.is_dir() else clip.stem) + ".txt")
         try:
-            caption = path.read_text(encoding="utf-8")
+            found.append(" ".join(path.read_text(encoding="utf-8-sig").split()))
         except (OSError, UnicodeDecodeError) as e:
-            raise Fault(f"clip {clip} has no caption: cannot read {path} ({type(e).__name__}); "
-                        "write one line into it, as UTF-8")
-        if not split_words(caption):
+            raise Fault(f"clip {clip} has no caption: cannot read {path} as UTF-8 ({e})")
+        if not split_words(found[-1]):
             raise Fault(f"clip {clip} has no caption: there is no word in {path}")
-        found.append(" ".join(caption.split()))
     return found
 
 def check_words(captions, words):
-    """Says in one line how many words of these captions are not among `words`.
-
-    Raises Fault if none is.
-    """
-    said = set()
-    for caption in captions:
-        said.update(split_words(caption))
-    unknown = said - set(words)
-    if unknown == said:
-        raise Fault("the model knows no word of the held-out captions: make one of your clips by "
+    """Warns of words that are not among `words`. Raises Fault if none is."""
+    said = set(split_words(" ".join(captions)))
+    unknown = sorted(said - set(words))
+    if len(unknown) == len(said):
+        raise Fault("the model knows no word of the held-out captions: train one on your clips by "
                     "flowmo.py --train, and name it by --model")
     if unknown:
-        first = ", ".join(sorted(unknown)[:5])
-        print(f"warning: {len(unknown)} words of held-out captions that training never met are "
-              f"left out, as are {first}", file=sys.stderr)
+        print(f"warning: the model does not know {len(unknown)} words of held-out captions: "
+              + ", ".join(unknown[:5]), file=sys.stderr)
 
 def check_prompt(name, prompt, words, most):
     """That a model knows every word of the flag --name, at most `most`. Raises Fault."""
@@ -1108,7 +1001,7 @@ def check_prompt(name, prompt, words, most):
     for word in said:
         if word not in words:
             raise Fault(f"--{name} {prompt!r}: the model does not know {word!r}; it knows "
-                        + ", ".join(words))
+                        + ", ".join(words[:40]))
 
 # ---------------------------------------- guidance
 

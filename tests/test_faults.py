@@ -225,13 +225,19 @@ def clips_of_noise(folder, count=10, frames=10, size=32):
 
 
 @pytest.mark.parametrize("staged", [flowloss, motionprompt], indirect=True)  # flowmo: its own tests
-def test_real_clips_run_but_for_one_with_nan_that_is_named(staged, runner):
+def test_real_clips_run_but_for_one_that_is_broken_and_named(staged, runner):
     clips_of_noise(Path("data/mine"))
-    np.save("data/mine/c10.npy", np.full((10, 32, 32, 3), np.nan, np.float32))
+    Path("data/mine/c10.npy").write_bytes(b"cut off")
     status, text, err = runner(staged)("--dataset", "mine")
     assert status == 0 and "c10.npy" in err and "PROCEDURAL" not in text
     out = Path(f"out/{staged.__name__}-mine")
     assert json.loads((out / "results.json").read_text())["dataset"]["source"] == "real"
+
+
+def test_clips_of_floats_are_refused_in_one_line(script, runner):
+    clips_of_noise(Path("data/mine"))
+    np.save("data/mine/c10.npy", np.zeros((10, 32, 32, 3), np.float32))
+    ends_in_one_line(runner(script)("--dataset", "mine"), "c10.npy holds float32", "as uint8")
 
 
 def test_clips_that_vanish_are_one_line(script, runner, monkeypatch):

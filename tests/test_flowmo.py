@@ -336,10 +336,41 @@ def test_tracking_is_exact_to_a_quarter_of_a_pixel():
     ("红色的圆向左移动。", ["红", "色", "的", "圆", "向", "左", "移", "动"]),
     ("赤いボール、左へ", ["赤", "い", "ボ", "ー", "ル", "左", "へ"]),
     ("लाल गेंद", ["लाल", "गेंद"]),
+    ("लाल वृत्त।", ["लाल", "वृत्त"]),
+    ("\ufeffa red circle", ["a", "red", "circle"]),
+    ("\u200fحمراء، كبيرة؟", ["حمراء", "كبيرة"]),
+    ("ողջույն։ ሰላም።", ["ողջույն", "ሰላም"]),
+    ("“red”—blue→green+₩5 ❤️ a\u00a0b", ["red", "blue", "green", "5", "a", "b"]),
+    ("می\u200cخواهم so\u00adft red\u200bblue", ["میخواهم", "soft", "red", "blue"]),
+    ("İSTANBUL I\u0307stanbul istanbul", ["istanbul"] * 3),
+    ("人・々", ["人", "々"]),
     ("...", []),
 ])
 def test_captions_of_any_script_are_split_at_space_and_punctuation(caption, words):
     assert common.split_words(caption) == words
+
+
+@pytest.mark.parametrize("written", [
+    b"\xef\xbb\xbfa red\r\ncircle\r\n", b"a red circle", b"\n a  red\tcircle \n\n"])
+def test_a_caption_is_read_however_an_editor_saved_it(tmp_path, written):
+    (tmp_path / "c.txt").write_bytes(written)
+    clips = common.Clips([2], 8, [None], paths=[tmp_path / "c.gif"])
+    assert common.captions_of(clips, "mine") == ["a red circle"]
+
+
+@pytest.mark.parametrize("written", ["a red circle".encode("utf-16"), b"caf\xe9", b"\xef\xbb\xbf", b"."])
+def test_a_caption_that_is_no_text_is_refused(tmp_path, written):
+    (tmp_path / "c.txt").write_bytes(written)
+    clips = common.Clips([2], 8, [None], paths=[tmp_path / "c.gif"])
+    with pytest.raises(common.Fault, match="c.gif has no caption.*c.txt"):
+        common.captions_of(clips, "mine")
+
+
+def test_an_unknown_word_lists_forty_that_are_known():
+    words = [f"w{k}" for k in range(1000)]
+    with pytest.raises(common.Fault, match="does not know 'red'; it knows w0, ") as info:
+        common.check_prompt("prompt", "w7 red", words, 9)
+    assert len(str(info.value).split(", ")) == 40
 
 
 def test_words_are_encoded_by_place_and_unknown_ones_are_nothing():
