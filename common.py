@@ -186,9 +186,9 @@ def _find(root):
             suffix = path.suffix.lower()
             bare = path.with_suffix("")
             if suffix in OTHERS and not bare.is_dir():
-                frames = str(bare).replace("%", "%%")
+                to = str(bare).replace("%", "%%")
                 raise Fault(f"{path} is not read: save pictures as png, arrays as uint8 .npy, a "
-                            f'video by mkdir "{bare}" && ffmpeg -i "{path}" "{frames}/%05d.png"')
+                            f'video by mkdir "{bare}" && ffmpeg -i "{path}" "{to}/%05d.png"')
             if _is_clip(path):
                 found[path.relative_to(root).as_posix()] = [path]
                 kinds.add(f"clips #{suffix}")
@@ -199,8 +199,8 @@ def _find(root):
             found[Path(folder).relative_to(root).as_posix()] = frames
         if frames and len(kinds) > 1:
             raise Fault(f"{folder} holds {min(kinds)} and {max(kinds)}: move one kind out")
-        tails = re.findall(r"\d\.(\d+)", " ".join(names))
-        if len(set(map(len, tails))) > 1 and re.search(r"\d0\b", " ".join(tails)):
+        digits = re.findall(r"\d\.(\d+)", " ".join(p.name for p in frames))
+        if len(set(map(len, digits))) > 1 and re.search(r"\d0\b", " ".join(digits)):
             raise Fault(f"{folder}: is 1.10 after 1.9? number the frames 1, 2, 3")
     return found
 
@@ -259,6 +259,8 @@ def square(image, size):
 
 def _picture(path, size):
     with Image.open(path) as image:
+        if image.format == "PNG" and image.is_animated:
+            raise Fault("holds an animated png: save it as gif or webp")
         return square(image, size)
 
 def read_picture(path, size):
@@ -328,7 +330,7 @@ def load_real(dataset, data_dir, size, min_frames=2):
         path = root / name
         frames = found[name]
         try:
-            bytes = sum(p.stat().st_size for p in frames)
+            weight = sum(p.stat().st_size for p in frames)
             if frames == [path]:
                 frames = _shown(path)
             if len(frames) < min_frames:
@@ -339,7 +341,7 @@ def load_real(dataset, data_dir, size, min_frames=2):
                 room -= video.numel()
                 if (video.amax((0, 2, 3)) - video.amin((0, 2, 3))).max() < 2:
                     raise ValueError("every frame is of one colour; is white 255?")
-            clips[name] = (len(frames), video, name, bytes, path, frames)
+            clips[name] = (len(frames), video, name, weight, path, frames)
         except Fault as e:
             raise Fault(f"{path} {e}")
         except Exception as e:  # each reader has its own
@@ -363,8 +365,7 @@ def data_record(train, test):
     for split, clips in (("train", train), ("test", test)):
         lines = sorted(f"{name} {size}" for name, size in zip(clips.names, clips.sizes))
         digest = hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()[:16]
-        record[split] = {"clips": len(clips), "frames": sum(clips.lengths),
-                         "bytes": sum(clips.sizes), "digest": digest}
+        record[split] = f"{len(clips)} clips of {sum(clips.sizes)} bytes, SHA-256 {digest}"
     return record
 
 def check_record(train, test, record, out):

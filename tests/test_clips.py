@@ -367,7 +367,8 @@ def test_arrays_of_other_values_than_bytes_are_refused(tmp_path, ext, dtype):
     refuses(tmp_path, f"odd.{ext}", dtype, "save it as uint8")
 
 
-@pytest.mark.parametrize("shape", [(4, 3, 8, 3), (4, 8, 8), (4, 8, 8, 4), (8, 8, 3), (1, 4, 3, 8, 8)])
+@pytest.mark.parametrize("shape", [
+    (4, 3, 8, 3), (4, 8, 8), (4, 8, 8, 4), (8, 8, 3), (1, 4, 3, 8, 8)])
 def test_arrays_of_another_shape_are_refused(tmp_path, shape):
     for k in range(5):
         np.save(tmp_path / f"{k}.npy", grey(k).numpy())
@@ -403,6 +404,15 @@ def test_pictures_of_16_bits_are_refused(tmp_path, bands):
     refuses(tmp_path, "c3", "more than 8 bits a channel")
     with pytest.raises(Fault, match="frame_10.png cannot be read.*more than 8 bits"):
         read_picture(tmp_path / "c3" / "frame_10.png", 8)
+
+
+def test_an_animated_png_is_refused(tmp_path):
+    for k in range(2):
+        (tmp_path / f"c{k}").mkdir()
+        first, *rest = images()
+        first.save(tmp_path / f"c{k}" / "1.png", save_all=True, append_images=rest, duration=50)
+        images()[1].save(tmp_path / f"c{k}" / "2.png")
+    refuses(tmp_path, "c0 holds an animated png", "gif or webp")
 
 
 @pytest.mark.parametrize("colour", [(200, 0, 0), (0, 0, 0), None])
@@ -720,8 +730,7 @@ def test_the_record_is_of_the_clips_not_of_where_they_lie(tmp_path):
     record = data_record(*load(tmp_path / "here"))
     assert record == data_record(*load(tmp_path / "there"))
     size = (tmp_path / "here" / "0.npy").stat().st_size
-    del record["train"]["digest"]
-    assert record["train"] == {"clips": 4, "frames": 24, "bytes": 4 * size}
+    assert record["train"].startswith(f"4 clips of {4 * size} bytes, ")
 
 
 @pytest.fixture
@@ -755,7 +764,7 @@ def test_the_record_passes_through_json(five):
 def test_one_more_clip_than_in_the_record_is_a_fault_that_tells_both_numbers(five):
     root, record = five
     np.save(root / "5.npy", grey(5).numpy())
-    is_another(root, record, "other clips: train was", "'clips': 4", "here it is {'clips': 5")
+    is_another(root, record, "other clips: train was 4 clips", "here it is 5 clips")
 
 
 def test_a_clip_of_another_name_than_in_the_record_is_a_fault(five):
@@ -767,7 +776,7 @@ def test_a_clip_of_another_name_than_in_the_record_is_a_fault(five):
 def test_a_clip_of_another_size_than_in_the_record_is_a_fault(five):
     root, record = five
     np.save(load(root)[0].paths[0], grey(5, size=20).numpy())
-    is_another(root, record, "other clips: train was", "'bytes': 18944", "'bytes': 21536")
+    is_another(root, record, "other clips: train was", "of 18944 bytes", "of 21536 bytes")
 
 
 @pytest.mark.parametrize("trained, here", [("real", "procedural"), ("procedural", "real")])

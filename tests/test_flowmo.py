@@ -358,7 +358,8 @@ def test_a_caption_is_read_however_an_editor_saved_it(tmp_path, written):
     assert common.captions_of(clips, "mine") == ["a red circle"]
 
 
-@pytest.mark.parametrize("written", ["a red circle".encode("utf-16"), b"caf\xe9", b"\xef\xbb\xbf", b"."])
+@pytest.mark.parametrize("written", [
+    "a red circle".encode("utf-16"), b"caf\xe9", b"\xef\xbb\xbf", b"."])
 def test_a_caption_that_is_no_text_is_refused(tmp_path, written):
     (tmp_path / "c.txt").write_bytes(written)
     clips = common.Clips([2], 8, [None], paths=[tmp_path / "c.gif"])
