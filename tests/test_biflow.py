@@ -631,7 +631,7 @@ def test_training_on_a_gpu_meets_no_tensor_on_the_cpu(method, monkeypatch, tmp_p
         for p in net.parameters():
             p.grad = torch.empty_like(p)
         monkeypatch.setattr(torch.optim.AdamW, "zero_grad", lambda optimizer: None)
-        clips = common.Clips([4], 16)
+        clips = common.Clips([4], 16, [None])
         averages = biflow.train(cfg, net, clips, tmp_path, torch.device("cuda"))
         assert all(p.device.type == "cuda" for p in averages.parameters())
 
