@@ -70,7 +70,7 @@ class Config:
     mults: str = opt("1,1.5,2", "channels of each level, in widths")
     blocks: int = opt(1, "residual blocks a level", 1, 8)
     patch: int = opt(2, "pixels (squared) that become channels", 1, 8)
-    lr: float = opt(3e-3, "AdamW's learning rate, after 100 steps of warm-up", 0, 1)
+    lr: float = opt(1.5e-3, "AdamW's learning rate, after 100 steps of warm-up", 0, 1)
     lr_end: float = opt(0.05, "share of lr to which its last fifth falls; 1: constant", 0, 1)
     ema: float = opt(0.995, "decay of the average of weights to sample from", 0, 0.999999)
     eps: str = opt("0,0.1", "noise levels to compare (Eq. 9)", free=True)
@@ -460,7 +460,8 @@ def train(cfg, nets, clips, out, device):
         start = steps.get(method, 0)
         if start == cfg.iters:
             continue
-        optimizer = torch.optim.AdamW(net.parameters(), cfg.lr, fused=device.type != "mps")
+        optimizer = torch.optim.AdamW(
+            net.parameters(), cfg.lr, betas=(0.9, 0.99), fused=device.type != "mps")
         if method in optimizers:
             optimizer.load_state_dict(optimizers[method])
         if cfg.compile:
