@@ -156,6 +156,7 @@ def optimise_tokens(T, denoise, encode, loss, x, sigma, K, lr):
     denoise(x, sigma (B,), c) -> D, with no guidance; encode(tokens) -> c. Freeze the weights: it
     saves memory. lr: what an element of T moves by at first; 0.2 fits embeddings of deviation 1,
     as ours, CLIP's take a hundredth. T is float32 whatever x is: smaller types lose small steps.
+    Raises FloatingPointError if T is not finite in the end.
     """
     T = T.detach().float().clone().requires_grad_()
     adam = torch.optim.Adam([T], lr)  # anew at every step of the sampler; paper silent
@@ -166,6 +167,10 @@ def optimise_tokens(T, denoise, encode, loss, x, sigma, K, lr):
             gradient, = torch.autograd.grad(1024 * loss(D, T).sum(), T)
         T.grad = gradient / 1024
         adam.step()
+    if not T.to(x.dtype).isfinite().all():
+        raise FloatingPointError(
+            f"the tokens are not finite in {x.dtype}: is the clean estimate, or is 1024 times the "
+            "loss or lr more than the networks' type can hold?")
     return T.detach()
 
 def euler_step(denoise, x, sigma, then, c):
@@ -173,7 +178,8 @@ def euler_step(denoise, x, sigma, then, c):
     with torch.no_grad():
         D = denoise(x, sigma, c)
     slope = (x - D) / like(sigma, x)  # dx / dsigma
-    return x + like(then - sigma, x) * slope
+    moved = x + like(then - sigma, x) * slope
+    return torch.where(like(sigma, x) > 0, moved, x)  # some lists of levels end in two zeros
 
 def motionprompt(denoise, inner, encode, T0, x, sigmas, guided, loss, K=3, lr=0.2):
     """Sampling with tokens that are optimised on the way. Source: MotionPrompt.
@@ -189,12 +195,17 @@ def motionprompt(denoise, inner, encode, T0, x, sigmas, guided, loss, K=3, lr=0.
     for step in range(len(sigmas) - 1):
         sigma = sigmas[step].to(x).expand(len(x))
         if step in guided:
-            T = optimise_tokens(T, inner, encode, loss, x, sigma, K, lr)
+            try:
+                T = optimise_tokens(T, inner, encode, loss, x, sigma, K, lr)
+            except FloatingPointError as e:
+                raise FloatingPointError(f"step {step} of the sampler: {e}")
             path[step] = T
             c = encode(T.to(x.dtype))
         else:
             c = encode(None)
         x = euler_step(denoise, x, sigma, sigmas[step + 1].to(x), c)
+        if not x.isfinite().all():
+            raise FloatingPointError(f"step {step} of the sampler: x is not finite any more")
     return x, path
 
 def random_tokens(denoise, encode, T0, path, x, sigmas, rng):

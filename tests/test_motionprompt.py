@@ -191,6 +191,62 @@ def test_tokens_are_optimised_in_float32_whatever_the_pipeline_has(dtype):
     assert (got != 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_tokens_that_are_not_finite_end_the_sampling_at_a_step_that_is_named(dtype, wrong):
+    def broken(x, sigma, c):
+        D = denoise(x, sigma, c.to(x.dtype))
+        return D * wrong if sigma[0] < 30 else D
+
+    def run():
+        x = (9 * randn(2, 3, 5, 4, 4)).to(dtype)
+        return motionprompt.motionprompt(
+            denoise, broken, encode, START, x, karras_sigmas(6), {0, 2}, toy_loss())
+
+    assert karras_sigmas(6)[0] > 30 > karras_sigmas(6)[2]
+    with pytest.raises(FloatingPointError, match="step 2 of the sampler.*not finite"):
+        run()
+    with pytest.raises(FloatingPointError, match="not finite"):
+        optimise_tokens(START, broken, encode, toy_loss(), randn(2, 3, 5, 4, 4).to(dtype),
+                        torch.full((2,), 5.0), 1, 0.1)
+
+
+@pytest.mark.parametrize("guided", [(), (0, 1, 2, 3, 4, 5)])
+def test_a_video_that_is_not_finite_is_no_black_clip(guided):
+    def broken(x, sigma, c):  # as a network that overflows in its last step
+        return denoise(x, sigma, c) / (sigma[0] > 0.01)
+
+    x = 80 * randn(2, 3, 5, 4, 4)
+    with pytest.raises(FloatingPointError, match="step 5 of the sampler: x is not finite"):
+        motionprompt.motionprompt(
+            broken, denoise, encode, START, x, karras_sigmas(6), guided, toy_loss())
+
+
+def test_tokens_beyond_the_type_of_the_networks_are_told_too():
+    x, sigma = randn(2, 3, 5, 4, 4).half(), torch.full((2,), 5.0)
+    with pytest.raises(FloatingPointError, match="torch.float16"):  # each step moves them by 1e5
+        optimise_tokens(START, denoise, encode, toy_loss(), x, sigma, 1, 1e5)
+    far = optimise_tokens(START, denoise, encode, toy_loss(), x.float(), sigma, 1, 1e5)
+    assert far.isfinite().all() and far.abs().min() > 9e4
+
+
+@pytest.mark.parametrize("zeros", [1, 2, 5])
+def test_a_step_from_zero_to_zero_changes_nothing(zeros):
+    def network(x, sigma, c):
+        return denoise(x, sigma, c) + 0 * like(sigma.log(), x)  # as EDM's, which takes ln sigma
+
+    x = 80 * randn(2, 3, 5, 4, 4)
+    once = karras_sigmas(4)
+    levels = torch.cat([once, torch.zeros(zeros)])
+    want, _ = motionprompt.motionprompt(network, network, encode, START, x, once, (), None)
+    got, _ = motionprompt.motionprompt(network, network, encode, START, x, levels, (), None)
+    assert torch.equal(got, want) and got.isfinite().all()
+    got = random_tokens(network, encode, START, {}, x, levels, None)
+    assert torch.equal(got, want)
+    mixed = motionprompt.euler_step(network, x, torch.tensor([0.0, 2.0]), torch.zeros(2), PROMPT)
+    assert torch.equal(mixed[0], x[0]) and not torch.equal(mixed[1], x[1])
+
+
 def test_random_tokens_go_as_far_as_those_of_the_path():
     sigmas = karras_sigmas(6)
     x = sigmas[0] * randn(2, 3, 5, 4, 4, seed=3)
