@@ -1022,6 +1022,23 @@ def guided_steps(cfg):
                     "of them, as in 0-3,6")
     return steps
 
+def use_run(script, cfg, trained):
+    """--prompt and --eval_only: what the run in the output folder sampled from goes into cfg.
+
+    trained: the flag that names what a training makes. A flag that was given stays. Raises Fault.
+    """
+    folder = find_run(script, cfg.dataset, cfg.out_dir)
+    if folder is not None:
+        run = read_config(folder, script)["config"]
+        if run["train"]:
+            run[trained] = str(folder / "ckpt.pt")
+        for name in {"model", trained}:
+            setattr(cfg, name, getattr(cfg, name) or run[name])
+        cfg.out_dir = str(folder)
+    elif not getattr(cfg, trained) and (cfg.out_dir or cfg.dataset != "sprites"):
+        raise Fault(f"--prompt: there is no run on {cfg.dataset} in {cfg.out_dir or 'out/'}; train "
+                    "one, or leave --out_dir and --dataset out for the shipped models")
+
 def counted(network):
     """The same function, with how often it was called as its attribute `calls`."""
     def call(*inputs):

@@ -6,7 +6,8 @@ in early steps of sampling, so that it varies less at the worst place. Nothing i
 
     Eq. 1   flow matching   z_t = (1 - t) z_1 + t z_0,  u(z_t, t) -> z_0 - z_1
                             z_0: noise, at t = 1; z_1: the video, at t = 0
-            with a prompt   u = u_0 + w (u_P - u_0)             u_P with, u_0 without it
+            with a prompt   u = u_0 + w (u_P - u_0)             u_P with, u_0 without it:
+                            classifier-free guidance (CFG); the paper's rho is our w - 1
     Eq. 2   debiasing       (Delta u)_f = | u_{f+1} - u_f |     everywhere
     Eq. 3   variance        sigma2_{w,h,c} = Var_f (Delta u)_{f,w,h,c}
     Eq. 7   place           s_{w,h} = mean_c sigma2_{w,h,c}     the paper's patch
@@ -23,13 +24,13 @@ here 4x4 are one.
     python flowmo.py --prompt "a red circle moving up"  # one gif, without and with it
     python flowmo.py --train --preset tiny              # the shipped model anew: 50 minutes
 
-The first samples prompts from the same noise without guidance, with a random step as large, and
-with FlowMo. It prints how many clips move as one thing, which tracking the shape tells.
+The first samples prompts from the same noise without FlowMo, with a random step as large, and with
+FlowMo. It prints how many clips move as one thing, which tracking the shape tells.
 """
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # Before torch: threads that wait must sleep, or a busy neighbour makes training 100 times slower.
@@ -39,13 +40,13 @@ if __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import common
 from common import Fault, like, make_rng, opt, to_float, to_uint8
 
-SHIPPED = Path(__file__).parent / "assets" / "models" / "sprites.pt"
+SHIPPED = Path(__file__).resolve().parent / "assets" / "models" / "sprites.pt"
 SAVE_EVERY = 500  # training steps
 
 @dataclass
@@ -55,7 +56,7 @@ class Config:
     preset: str = opt("auto", "tiny (two CPU cores), small (one GPU), paper; auto: by device")
     prompt: str = opt("", "sample this, without and with FlowMo: one gif", free=True)
     train: bool = opt(False, "train a text-to-video model first")
-    model: str = opt("", "another ckpt.pt of --train to sample from; empty: the shipped one")
+    model: str = opt("", "a ckpt.pt of --train to sample from; empty: the shipped one")
     resume: bool = opt(False, "go on with the training in the output folder", free=True)
     eval_only: bool = opt(False, "evaluate the run in the output folder again", free=True)
     out_dir: str = opt("", "empty: out/flowmo-DATASET[-procedural]", free=True)
@@ -65,9 +66,8 @@ class Config:
     seed: int = opt(0, "of weights, data, noise and prompts", 0, 2**31)
     prompts: int = opt(128, "prompts to sample, those of the test clips", 2, 10**5, free=True)
     steps: int = opt(16, "steps of the Euler sampler", 1, 10000, free=True)
-    shift: float = opt(1.0, "time grid: 1 is linear; Wan has 5, most steps near noise", 0.01, 100,
-                       free=True)
-    guidance_scale: float = opt(2.0, "w of guidance by the prompt; 1: none", 0, 100, free=True)
+    sample_batch: int = opt(32, "videos sampled at once", 1, 65536, free=True)
+    guidance_scale: float = opt(2.0, "w of classifier-free guidance; 1: none", 0, 100, free=True)
     guided: str = opt("5-10", "guided steps from 0, ranges with commas between", free=True)
     eta: float = opt(0.05, "how far a guided step moves every element of z", 0, 100, free=True)
     place: int = opt(4, "pixels (squared) that are one place for the loss", 1, 64, free=True)
@@ -88,21 +88,37 @@ PRESETS = {
         iters=8000, batch=64, size=32, frames=16, width=384, layers=8, lr=5e-4, ema=0.999,
         clips=40000, prompts=256, steps=50, guided="16-31", amp=True,
     ),
-    "paper": dict(  # its sampling; its own model is Wan 2.1, of 1.3 billion parameters
-        iters=100000, batch=64, size=64, frames=16, width=768, layers=12, lr=2e-4, ema=0.9995,
-        clips=100000, prompts=128, steps=50, shift=5.0, guidance_scale=5.0, guided="0-11",
-        eta=0.005, place=1, amp=True,
-    ),
 }
 
-# The guided steps. The paper guides t = 1 to 0.946 of Wan, we t = 0.69 to 0.38, steps 5 to 10 of
-# 16: of clips so small, L tells only there which will be incoherent.
+# The paper guides the first 12 of Wan's 50 steps, t = 1 to 0.946, with eta = 0.005 and w = 5. We
+# guide t = 0.69 to 0.38: of clips so small, L tells only there which will be incoherent.
 
 # B, C, T, H, W: batch, channels, frames, height, width. z_1: the video, of variance 1; z_0: noise.
 # t: the clock, (B,). c: what the text encoder makes of a caption, (B, L, d).
 
 # ---------------------------------------- THE METHOD
-# From here to flowmo_step is one block to paste. It needs torch.
+# From place_variance to flowmo_step is one block to paste. It needs torch.
+
+def interpolate(z_1, z_0, t):
+    """z_t between video z_1 and noise z_0, (B, ...) both; t (B,). FlowMo, Eq. 1."""
+    return like(1 - t, z_1) * z_1 + like(t, z_1) * z_0
+
+def flow_matching_loss(u, z_1, z_0, t):
+    """Eq. 1's loss of every video, (B,), over the error of the best linear guess at this t."""
+    error = (u - (z_0 - z_1)).square().flatten(1).mean(1)  # Eq. 1
+    return (t**2 + (1 - t) ** 2) * error
+
+def prompted(network, c, c_0, guidance_scale):
+    """velocity(z, t (B,)) -> u: classifier-free guidance, its two passes in one batch.
+
+    network(z, t, c) -> u; c (B, L, d) encodes the prompts, c_0 (1, L, d) an empty one.
+    """
+    def velocity(z, t):
+        both = torch.cat([c, c_0.expand_as(c)])
+        u_P, u_0 = network(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
+        return u_0 + guidance_scale * (u_P - u_0)  # Eq. 1, with a prompt
+
+    return velocity
 
 def place_variance(u, frames=2, channels=1):
     """s of every place of every video, (B, places), float32. FlowMo, Eqs. 2, 3 and 7.
@@ -146,6 +162,8 @@ def flowmo_step(z, velocity, eta, loss=flowmo_loss):
     with torch.no_grad():
         return z, velocity(z)
 
+# ---------------------------------------- beside the method: the control; a place, in pixels
+
 def random_step(z, velocity, eta, rng):
     """The control: every element of z moves by eta, up or down by chance."""
     coin = torch.randint(2, z.shape, generator=rng).to(z)
@@ -158,18 +176,6 @@ def as_places(u, pixels):
     A place of a latent stands for 8x8 pixels, so in pixel space some are to count as one place.
     """
     return F.pixel_unshuffle(u.transpose(1, 2), pixels).transpose(1, 2)
-
-def prompted(network, c, c_0, guidance_scale):
-    """velocity(z, t (B,)) -> u: guidance by the prompt, its two passes in one batch.
-
-    network(z, t, c) -> u; c (B, L, d) encodes the prompts, c_0 (1, L, d) an empty one.
-    """
-    def velocity(z, t):
-        both = torch.cat([c, c_0.expand_as(c)])
-        u_P, u_0 = network(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
-        return u_0 + guidance_scale * (u_P - u_0)  # with a prompt
-
-    return velocity
 
 # ---------------------------------------- sampler
 
@@ -321,21 +327,6 @@ def build(cfg, words, length):
 
 # ---------------------------------------- train
 
-def flow_matching_loss(u, z_1, z_0, t):
-    """Eq. 1's loss of every video, (B,), over the error of the best linear guess at this t."""
-    error = (u - (z_0 - z_1)).square().flatten(1).mean(1)  # Eq. 1
-    return (t**2 + (1 - t) ** 2) * error
-
-def draw(cfg, step, z_1):
-    """Times t (B,), noise z_0 like z_1, and whose captions stay (B, 1), for this step."""
-    rng = make_rng(cfg.seed, 1, step)
-    z_0 = torch.randn(z_1.shape, generator=rng)
-    t = torch.rand(len(z_1), generator=rng)
-    near = torch.rand(len(z_1), generator=rng) < 0.4  # near noise: what goes where is decided there
-    t = torch.where(near, 0.85 + 0.15 * t, t)
-    stays = torch.rand(len(z_1), 1, generator=rng) >= cfg.drop
-    return t.to(z_1.device), z_0.to(z_1.device), stays
-
 def move_last_word(text, rng):
     """The last word moves by up to SPARE places, so that places behind a caption get a meaning."""
     rows = torch.arange(len(text))
@@ -357,36 +348,38 @@ def train(cfg, clips, captions, out, device):
     some = to_float(some)
     net.mean.fill_(some.mean())
     net.std.fill_(some.std())
-    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
-
-    slow = []  # text has a tenth of the rate, or words move faster than they are learned
-    quick = []
-    for name, p in net.named_parameters():
-        if name.split(".")[0] in ("embed", "order", "text"):
-            slow.append(p)
-        else:
-            quick.append(p)
+    average = AveragedModel(net, multi_avg_fn=common.ema_decay(cfg.ema))
+    slow = [net.order, *net.embed.parameters(), *net.text.parameters()]
+    quick = [p for p in net.parameters() if p not in set(slow)]
+    # Text has a tenth of the rate, or words move faster than they are learned.
     groups = [dict(params=quick, factor=1.0), dict(params=slow, factor=0.1)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=device.type != "mps")
     saved = common.restore(
         out / "ckpt.pt", "flowmo", cfg, net=net, average=average, optimizer=optimizer)
     if saved.get("words", words) != words:
         raise Fault(f"{out / 'ckpt.pt'} was trained on other captions: name another --out_dir")
-    start = saved["step"]
-    log = common.Log(cfg.iters, start, saved["log"])
+    log = common.Log(cfg.iters, saved["step"], saved["log"])
     if cfg.compile:
         net.compile()
-
     batches = common.Batches(clips, cfg.batch, cfg.frames, cfg.seed)
-    loader = common.prefetch(batches, range(start, cfg.iters))
-    for step, frames in enumerate(loader, start + 1):
-        z_1 = (to_float(frames.to(device)).transpose(1, 2) - net.mean) / net.std  # (B, 3, T, H, W)
-        t, z_0, stays = draw(cfg, step, z_1)
-        z = like(1 - t, z_1) * z_1 + like(t, z_1) * z_0  # Eq. 1
-        clip, _ = batches.where(step - 1)  # which clips these are; batches count from 0
-        moved = move_last_word(text[clip], make_rng(cfg.seed, 2, step))  # (B, L)
-        said = moved * stays  # of what does not stay u_0 is learned
-        c = net.encode(net.embed(said.to(device)))
+
+    def draw(step):
+        frames = batches[step - 1]  # they count from 0
+        rng = make_rng(cfg.seed, 1, step)
+        z_0 = torch.randn(frames.transpose(1, 2).shape, generator=rng)  # (B, 3, T, H, W)
+        t = torch.rand(cfg.batch, generator=rng)
+        near = torch.rand(cfg.batch, generator=rng) < 0.4  # noise, where it is decided what moves
+        t = torch.where(near, 0.85 + 0.15 * t, t)
+        stays = torch.rand(cfg.batch, 1, generator=rng) >= cfg.drop  # the others teach u_0
+        clip, _ = batches.where(step - 1)
+        said = stays * move_last_word(text[clip], make_rng(cfg.seed, 2, step))  # (B, L)
+        return frames, z_0, t, said
+
+    for step, drawn in common.prefetched(draw, saved["step"], cfg.iters, device):
+        frames, z_0, t, said = drawn
+        z_1 = (to_float(frames).transpose(1, 2) - net.mean) / net.std  # (B, 3, T, H, W)
+        z = interpolate(z_1, z_0, t)
+        c = net.encode(net.embed(said))
         loss = flow_matching_loss(net(z, t, c), z_1, z_0, t).mean()
 
         decay = 2.5 * (1 - step / cfg.iters)  # in the last 40 %
@@ -412,25 +405,25 @@ def train(cfg, clips, captions, out, device):
 
 # ---------------------------------------- load
 
-def model_path(cfg):
-    """The checkpoint of a run that trained, else --model, else the shipped one."""
-    own = Path(cfg.out_dir) / "ckpt.pt"
-    if cfg.eval_only and own.exists():
-        return own
-    return Path(cfg.model or SHIPPED)
+def load_model(cfg, device):
+    """The model of --model, of the run that is gone back to, or the shipped one; and its words.
 
-def load_model(path, device, amp=False):
-    """A text-to-video model, its words, and the settings it was made with. Raises Fault."""
+    Its size, frames, width and layers go into cfg. Raises Fault.
+    """
+    if cfg.prompt or cfg.eval_only:
+        common.use_run("flowmo", cfg, "model")
+    path = Path(cfg.model or SHIPPED).expanduser()
     saved = common.load_checkpoint(path, "flowmo")
-    made = Config(**saved["config"])
-    net = build(made, saved["words"], saved["length"])
-    net.load_state_dict(saved["model"])
-    net.amp = amp
-    if saved["step"] != made.iters:
-        raise Fault(f"{path} has {saved['step']} of {made.iters} steps of training: --resume "
+    made = saved["config"]
+    if saved["step"] != made["iters"]:
+        raise Fault(f"{path} has {saved['step']} of {made['iters']} steps of training: --resume "
                     "makes the others")
-    print(f"text-to-video model: {path}")
-    return net.to(device).eval().requires_grad_(False), saved["words"], made
+    for name in ("size", "frames", "width", "layers"):
+        setattr(cfg, name, made[name])
+    net = build(cfg, saved["words"], saved["length"])
+    net.load_state_dict(saved["model"])
+    print(f"text-to-video model: {path}, {cfg.frames} frames of {cfg.size} pixels")
+    return net.to(device).eval().requires_grad_(False), saved["words"]
 
 # ---------------------------------------- sample and evaluate
 
@@ -446,7 +439,7 @@ def generate(cfg, net, words, prompts, noise, method):
     text = common.to_indices(prompts, words, net.length).to(noise.device)
     c_0 = net.encode(net.embed(0 * text[:1]))
     rng = make_rng(cfg.seed, 4, 0)
-    times = time_grid(cfg.steps, cfg.shift)
+    times = time_grid(cfg.steps)
 
     def loss(u):
         return flowmo_loss(as_places(u, cfg.place))
@@ -457,58 +450,35 @@ def generate(cfg, net, words, prompts, noise, method):
         return flowmo_step(z, velocity, cfg.eta, loss)
 
     guided = set() if method == "base" else common.guided_steps(cfg)
+    size = cfg.sample_batch
     made = []
-    calls = 0
     began = time.perf_counter()
-    for a in tqdm(range(0, len(noise), 32), f"sampling, {METHODS[method]}", leave=False):
-        c = net.encode(net.embed(text[a:a + 32]))
+    for a in tqdm(range(0, len(noise), size), f"sampling, {METHODS[method]}", leave=False):
+        c = net.encode(net.embed(text[a:a + size]))
         velocity = common.counted(prompted(net, c, c_0, cfg.guidance_scale))
-        z = sample(velocity, noise[a:a + 32], times, guide, guided)
+        z = sample(velocity, noise[a:a + size], times, guide, guided)
         made.append(to_uint8(z * net.std + net.mean).transpose(1, 2))
-        calls = velocity.calls  # as many for every batch
-    return torch.cat(made), calls, (time.perf_counter() - began) / len(noise)
+    seconds = (time.perf_counter() - began) / len(noise)
+    return torch.cat(made), velocity.calls, seconds
 
-def evaluate(cfg, net, words, prompts, procedural):
-    """The same prompts and noise by every method. Returns rows and videos."""
+def compare(cfg, net, words, prompts, methods):
+    """The same prompts and noise by every method. Returns rows and {method: videos}."""
     shape = (len(prompts), *net.shape)
     noise = torch.randn(shape, generator=make_rng(cfg.seed, 3, 0)).to(net.mean.device)
+    if cfg.compile:
+        net.compile()
+    # Once untimed, a batch and a rest as below: the first calls wake the device, or compile.
+    some = cfg.sample_batch + len(prompts) % cfg.sample_batch
+    short = replace(cfg, steps=1, guided="0")
+    generate(short, net, words, prompts[:some], noise[:some], "flowmo")
     rows = []
     videos = {}
-    for method, label in METHODS.items():
+    for method in methods:
         videos[method], calls, seconds = generate(cfg, net, words, prompts, noise, method)
-        rows.append(dict(method=label, seed=cfg.seed, prompts=len(prompts), evaluations=calls,
-                         s_per_video=seconds))
-    scores = common.score(videos, prompts, ("base", "random")) if procedural else {}
-    for method, row in zip(METHODS, rows):
-        row["cost_ratio"] = row["s_per_video"] / rows[0]["s_per_video"]
-        row.update(scores.get(method, {}))
+        rows.append(dict(method=METHODS[method], seed=cfg.seed, prompts=len(prompts),
+                         evaluations=calls, s_per_video=seconds))
+        rows[-1]["cost_ratio"] = seconds / rows[0]["s_per_video"]
     return rows, videos
-
-# ---------------------------------------- your own prompt
-
-def film_prompt(cfg, device):
-    """--prompt: one gif of four samples, without and with FlowMo."""
-    folder = common.find_run("flowmo", cfg.dataset, cfg.out_dir)
-    if folder is None and not cfg.model and (cfg.out_dir or cfg.dataset != "sprites"):
-        raise Fault(f"--prompt: there is no run on {cfg.dataset} in {cfg.out_dir or 'out/'}; train "
-                    "one, or leave --out_dir and --dataset out for the shipped model")
-    path = Path(cfg.model or SHIPPED)
-    if not cfg.model and folder and (folder / "ckpt.pt").exists():
-        path = folder / "ckpt.pt"
-    net, words, made = load_model(path, device, cfg.amp)
-    cfg.size = made.size
-    check(cfg)  # --place must divide that size
-    common.check_prompt("prompt", cfg.prompt, words, net.length)
-    noise = torch.randn(4, *net.shape, generator=make_rng(cfg.seed, 3, 0)).to(device)
-    videos = {}
-    for method in ("base", "flowmo"):
-        label = METHODS[method]
-        videos[label] = generate(cfg, net, words, [cfg.prompt] * 4, noise, method)[0]
-    gif = Path(folder or cfg.out_dir or "out") / "flowmo-prompt.gif"
-    common.save_gif(gif, videos, width=96, ms=150)
-    print(f"wrote {gif}")
-
-# ---------------------------------------- main
 
 COLUMNS = {
     "method": ("method", ""), "coherent": ("coherent", ".3f"),
@@ -518,43 +488,32 @@ COLUMNS = {
     "cost_ratio": ("time", ".2f"),
 }
 
-def check(cfg):
-    """What single values cannot tell. Raises Fault."""
-    common.guided_steps(cfg)
-    if cfg.size % 4:
-        raise Fault(f"--size {cfg.size}: must be a multiple of 4")
-    if cfg.size % cfg.place:
-        raise Fault(f"--place {cfg.place}: must divide the size of a frame, {cfg.size}")
-    if cfg.width % 32:
-        raise Fault(f"--width {cfg.width}: must be a multiple of 32")
-    if cfg.train and cfg.prompt:
-        raise Fault("--prompt samples from a model that is there: leave --train out")
-    if cfg.train and cfg.model:
-        raise Fault("--train makes a model, --model loads one: leave one of them out")
-    if cfg.resume and not cfg.train:
-        raise Fault("--resume goes on with a training, and this run had none: run it again")
-
-def check_model(cfg, made, path):
-    """That the model which was loaded is the one that was asked for. Raises Fault."""
-    for name in ("size", "frames", "width", "layers"):
-        asked = getattr(cfg, name)
-        there = getattr(made, name)
-        if asked != there:
-            raise Fault(f"--{name} {asked}: the model in {path} has {there}; give "
-                        f"--{name} {there}, or make another model by --train")
+# ---------------------------------------- main
 
 def main():
     began = time.time()
     cfg = common.parse_args("flowmo", Config, PRESETS, __doc__)
-    check(cfg)
-    device = common.pick_device(cfg.device)
-    if cfg.prompt:
-        return film_prompt(cfg, device)
+    common.guided_steps(cfg)  # or a Fault
     trains = cfg.train and not cfg.eval_only
+    if trains and (cfg.prompt or cfg.model):
+        raise Fault("--train makes a model: leave --prompt and --model out")
+    if cfg.resume and not cfg.train:
+        raise Fault("--resume goes on with a training, and this run had none: run it again")
+    device = common.pick_device(cfg.device)
     if not trains:
-        path = model_path(cfg)
-        net, words, made = load_model(path, device, cfg.amp)
-        check_model(cfg, made, path)
+        net, words = load_model(cfg, device)
+    if cfg.size % 4 or cfg.size % cfg.place:
+        raise Fault(f"--size {cfg.size}: must be a multiple of 4 and of --place {cfg.place}")
+    if cfg.width % 32:
+        raise Fault(f"--width {cfg.width}: must be a multiple of 32")
+    if cfg.prompt:
+        common.check_prompt("prompt", cfg.prompt, words, net.length)
+        _, videos = compare(cfg, net, words, 4 * [cfg.prompt], ["base", "flowmo"])
+        gif = Path(cfg.out_dir or "out", "flowmo-prompt.gif")
+        shown = {METHODS[method]: video for method, video in videos.items()}
+        common.save_gif(gif, shown, width=96, ms=150)
+        print(f"wrote {gif}")
+        return
     counts = (cfg.clips if trains else 2, 512)  # sampling needs no training clips
     train_clips, test_clips, source = common.load_clips(
         cfg.dataset, cfg.data_dir, cfg.size, counts, cfg.frames, cfg.seed, min_frames=cfg.frames)
@@ -568,12 +527,14 @@ def main():
 
     if trains:
         net, words = train(cfg, train_clips, captions, out, device)
-    if cfg.compile:
-        net.compile()
     if source == "procedural":
         test_captions = [common.strip_quality_words(caption) for caption in test_captions]
     prompts = [test_captions[k % len(test_captions)] for k in range(cfg.prompts)]
-    rows, videos = evaluate(cfg, net, words, prompts, source == "procedural")
+    rows, videos = compare(cfg, net, words, prompts, METHODS)
+    if source == "procedural":
+        scores = common.score(videos, prompts, ("base", "random"))
+        for method, row in zip(METHODS, rows):
+            row.update(scores[method])
     dataset = dict(name=cfg.dataset, source=source, clips=[len(train_clips), len(test_clips)])
     common.write_results(out, "flowmo", cfg, device, dataset, rows, began)
     shown = {"without": videos["base"], "FlowMo": videos["flowmo"]}

@@ -11,7 +11,8 @@ discriminator like flow of real video. No weight of the video model changes, nor
                phi: the discriminator's probability that f is of real video, a sigmoid of its logit;
                means over the pairs of frames; TV of means over pixels
     optimise   T <- Adam(dl / dT), K times, through D_P = D(x; sigma, c(T)); then a step of the
-               sampler through D_0 + w (D_P - D_0): guidance, with D_0 of an empty prompt
+               sampler through D_0 + w (D_P - D_0): classifier-free guidance (CFG), with D_0 of an
+               empty prompt
     window     only at levels of noise in between; the other steps have the plain prompt
 
 The paper was not at hand: the equations come from notes on it, their numbers are unknown, and what
@@ -31,7 +32,7 @@ shape tells.
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # Before torch: threads that wait must sleep, or a busy neighbour makes training 100 times slower.
@@ -47,7 +48,7 @@ from tqdm import tqdm
 import common
 from common import Fault, like, make_rng, opt, to_float, to_uint8
 
-SHIPPED = Path(__file__).parent / "assets" / "models" / "motionprompt.pt"
+SHIPPED = Path(__file__).resolve().parent / "assets" / "models" / "motionprompt.pt"
 VIDEO_MODEL = SHIPPED.with_name("sprites.pt")
 SAVE_EVERY = 500  # training steps
 
@@ -69,7 +70,8 @@ class Config:
     seed: int = opt(0, "of weights, data, noise and prompts", 0, 2**31)
     prompts: int = opt(128, "prompts to sample, those of the test clips", 2, 10**5, free=True)
     steps: int = opt(16, "steps of the Euler sampler, of Karras' levels", 2, 10000)
-    guidance_scale: float = opt(2.0, "w of guidance by the prompt; 1: none", 0, 100, free=True)
+    sample_batch: int = opt(32, "videos sampled at once", 1, 65536, free=True)
+    guidance_scale: float = opt(2.0, "w of classifier-free guidance; 1: none", 0, 100, free=True)
     guided: str = opt("5-10", "guided steps from 0, ranges with commas between", free=True)
     tokens: str = opt("authentic", "words that the tokens start from", free=True)
     K: int = opt(3, "optimisation steps at every guided step", 0, 10**4, free=True)
@@ -84,18 +86,12 @@ class Config:
     fakes: int = opt(1000, "--train: clips to generate for it", 4, 10**6)
     noise: float = opt(0.2, "--train: noise on clips before their flow is read", 0, 10)
     lr: float = opt(2e-3, "--train: AdamW's learning rate", 0, 1)
-    size: int = opt(16, "height and width of a frame, those of the model", 8, 1024)
-    frames: int = opt(8, "frames of a clip, those of the model", 4, 256)
 
 PRESETS = {
     "tiny": {},
     "small": dict(  # for the model of `flowmo.py --train --preset small`
-        raft_iters=3000, disc_iters=4000, fakes=4000, size=32, frames=16, prompts=256,
-        steps=30, guided="9-19", gap=6, amp=True,
-    ),
-    "paper": dict(  # 16 frames; its own models are LaVie, VideoCrafter2, AnimateDiff
-        raft_iters=20000, disc_iters=20000, fakes=5000, size=64, frames=16, prompts=800,
-        steps=50, guided="16-31", gap=15, amp=True,
+        raft_iters=3000, disc_iters=4000, fakes=4000, prompts=256, steps=30, guided="9-19", gap=6,
+        amp=True,
     ),
 }
 
@@ -105,6 +101,11 @@ PRESETS = {
 
 # ---------------------------------------- THE METHOD
 # From here to optimise_tokens is one block to paste. It needs torch, and torch.nn.functional as F.
+
+def append(prompt, tokens, ends):
+    """Tokens (B, n, d) right behind the words of a prompt (B, L, d); ends (B,): their number."""
+    places = ends[:, None] + torch.arange(tokens.shape[1], device=ends.device)  # (B, n)
+    return prompt.scatter(1, places[..., None].expand_as(tokens), tokens)
 
 def total_variation(flow):
     """TV(f) of flow (N, 2, H, W), (N,): what differs between neighbours, to the right and down.
@@ -208,6 +209,26 @@ def motionprompt(denoise, inner, encode, T0, x, sigmas, guided, loss, K=3, lr=0.
             raise FloatingPointError(f"step {step} of the sampler: x is not finite any more")
     return x, path
 
+def as_edm(u):
+    """A network of flow matching, u(z, t, c), as EDM's denoiser D(x, sigma, c)."""
+    def denoise(x, sigma, c):
+        t = sigma / (1 + sigma)
+        z = x / like(1 + sigma, x)
+        return z - like(t, x) * u(z, t, c)  # D(x; sigma)
+
+    return denoise
+
+def prompted(denoise, c_0, guidance_scale):
+    """Classifier-free guidance, both in one batch; c_0 (1, L, d) encodes an empty prompt."""
+    def guided_denoise(x, sigma, c):
+        both = torch.cat([c, c_0.expand_as(c)])
+        D_P, D_0 = denoise(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+        return D_0 + guidance_scale * (D_P - D_0)
+
+    return guided_denoise
+
+# ---------------------------------------- beside the method: its control
+
 def random_tokens(denoise, encode, T0, path, x, sigmas, rng):
     """The control: at every step of `path` a token as far from T0, in a direction by chance."""
     for step in range(len(sigmas) - 1):
@@ -220,29 +241,6 @@ def random_tokens(denoise, encode, T0, path, x, sigmas, rng):
             c = encode(T0 + like(distance, way) * way)
         x = euler_step(denoise, x, sigma, sigmas[step + 1].to(x), c)
     return x
-
-def as_edm(u):
-    """A network of flow matching, u(z, t, c), as EDM's denoiser D(x, sigma, c)."""
-    def denoise(x, sigma, c):
-        t = sigma / (1 + sigma)
-        z = x / like(1 + sigma, x)
-        return z - like(t, x) * u(z, t, c)  # D(x; sigma)
-
-    return denoise
-
-def prompted(denoise, c_0, guidance_scale):
-    """D_0 + w (D_P - D_0), both in one batch; c_0 (1, L, d) encodes an empty prompt."""
-    def guided_denoise(x, sigma, c):
-        both = torch.cat([c, c_0.expand_as(c)])
-        D_P, D_0 = denoise(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-        return D_0 + guidance_scale * (D_P - D_0)
-
-    return guided_denoise
-
-def append(prompt, tokens, ends):
-    """Tokens (B, n, d) right behind the words of a prompt (B, L, d); ends (B,): their number."""
-    places = ends[:, None] + torch.arange(tokens.shape[1], device=ends.device)  # (B, n)
-    return prompt.scatter(1, places[..., None].expand_as(tokens), tokens)
 
 # ---------------------------------------- tiny RAFT
 
@@ -511,11 +509,10 @@ class Discriminator(nn.Module):
 
 # ---------------------------------------- train
 
-def estimator(raft, size):
+def estimator(raft):
     """estimate(image1, image2) -> flow: smaller images than RAFT takes are enlarged first."""
-    k = math.ceil(24 / size)
-
     def estimate(image1, image2):
+        k = math.ceil(24 / image1.shape[-1])
         if k > 1:
             image1 = F.interpolate(image1, scale_factor=k, mode="bilinear")
             image2 = F.interpolate(image2, scale_factor=k, mode="bilinear")
@@ -523,51 +520,47 @@ def estimator(raft, size):
 
     return estimate
 
-@dataclass
-class FlowPairs:
-    """Item `step`: pairs of frames with exact flow; image1, image2 uint8 (N, 3, H, W), flow."""
-    cfg: Config
-    count: int = 16
+def flow_pair(cfg, frames, size, rng):
+    """Two frames uint8 (3, size, size) and the exact flow between them, of one of two worlds."""
+    gap = rng.integers(1, cfg.gap + 1)
+    if rng.uniform() < 0.4:
+        clip = common.shapes(rng, size, 2, flow=True, speed=0.5 * gap)
+    else:
+        few = max(4, (frames - 1) // gap + 1)
+        clip = common.sprites(rng, size, few, flow=True, steady=1.0)
+    t = rng.integers(len(clip["flow"]))
+    return clip["video"][t], clip["video"][t + 1], clip["flow"][t]
 
-    def pair(self, rng):
-        size = self.cfg.size
-        gap = rng.integers(1, self.cfg.gap + 1)
-        if rng.uniform() < 0.4:
-            clip = common.shapes(rng, size, 2, flow=True, speed=0.5 * gap)
-        else:
-            frames = max(4, (self.cfg.frames - 1) // gap + 1)
-            clip = common.sprites(rng, size, frames, flow=True, steady=1.0)
-        t = rng.integers(len(clip["flow"]))
-        return clip["video"][t], clip["video"][t + 1], clip["flow"][t]
-
-    def __getitem__(self, step):
-        pairs = []
-        for k in range(self.count):
-            pairs.append(self.pair(np.random.default_rng([self.cfg.seed, 5, step, k])))
-        return [torch.stack(part) for part in zip(*pairs)]
-
-def train_raft(cfg, out, device):
-    """The tiny RAFT, on exact flow of two worlds; half of the pairs are noisy."""
+def train_raft(cfg, shape, out, device):
+    """The tiny RAFT for videos of `shape`, on exact flow of two worlds; half the steps are noisy."""
+    _, frames, size, _ = shape
     torch.manual_seed(cfg.seed + 1)
     raft = TinyRAFT().to(device)
-    optimizer = torch.optim.AdamW(raft.parameters(), cfg.lr)
+    optimizer = torch.optim.AdamW(raft.parameters(), cfg.lr, fused=device.type != "mps")
     saved = common.restore(out / "raft.pt", "motionprompt", cfg, raft=raft, optimizer=optimizer)
-    start = saved["step"]
-    log = common.Log(cfg.raft_iters, start, saved["log"], "flow estimator")
-    k = math.ceil(24 / cfg.size)  # RAFT takes images of 24 px and more
+    log = common.Log(cfg.raft_iters, saved["step"], saved["log"], "flow estimator")
+    k = math.ceil(24 / size)  # RAFT takes images of 24 px and more
 
-    pairs = common.prefetch(FlowPairs(cfg), range(start, cfg.raft_iters))
-    for step, (image1, image2, true) in enumerate(pairs, start + 1):
+    def draw(step):
+        pairs = []
+        for n in range(16):
+            rng = np.random.default_rng([cfg.seed, 5, step - 1, n])
+            pairs.append(flow_pair(cfg, frames, size, rng))
+        image1, image2, true = [torch.stack(part) for part in zip(*pairs)]
         rng = make_rng(cfg.seed, 5, step)
         noise = cfg.noise * torch.rand(1, generator=rng) * (torch.rand(1, generator=rng) < 0.5)
         image1 = to_float(image1) + noise * torch.randn(image1.shape, generator=rng)
         image2 = to_float(image2) + noise * torch.randn(image2.shape, generator=rng)
+        return image1, image2, true
+
+    loader = common.prefetched(draw, saved["step"], cfg.raft_iters, device)
+    for step, (image1, image2, true) in loader:
         image1 = F.interpolate(image1, scale_factor=k, mode="bilinear")
         image2 = F.interpolate(image2, scale_factor=k, mode="bilinear")
-        true = k * F.interpolate(true, scale_factor=k).to(device)
+        true = k * F.interpolate(true, scale_factor=k)
         weight = 1 + 4 * (true.square().sum(1) > 0.01)  # (N, H, W): what moves counts more
         loss = 0
-        flows = raft(image1.to(device), image2.to(device), updates=4, detach=True, every=True)
+        flows = raft(image1, image2, updates=4, detach=True, every=True)
         for n, flow in enumerate(flows):
             loss = loss + 0.8 ** (3 - n) * (weight * (flow - true).abs().sum(1)).mean()
 
@@ -587,47 +580,49 @@ def train_raft(cfg, out, device):
     log.close()
     return raft.eval().requires_grad_(False)
 
-def turn(flow, rng):
-    """Flow (N, 2, H, W), H = W, of the same clips seen mirrored and turned by quarters."""
-    if torch.rand(1, generator=rng) < 0.5:
-        flow = flow.flip(3) * torch.tensor([-1.0, 1.0], device=flow.device).view(2, 1, 1)
-    if torch.rand(1, generator=rng) < 0.5:
-        flow = flow.flip(2) * torch.tensor([1.0, -1.0], device=flow.device).view(2, 1, 1)
-    if torch.rand(1, generator=rng) < 0.5:
-        flow = flow.transpose(2, 3).flip(1)
-    return flow
+def noisy_pair(cfg, clips, rng):
+    """Two frames of clips uint8 (N, T, 3, H, W), mirrored, turned, noisy: (N, 3, H, W) twice.
 
-def flow_of_clips(cfg, clips, estimate, rng):
-    """Flow of a random pair of frames of clips uint8 (N, T, 3, H, W), noisy: (N, 2, H, W).
-
-    Paper silent: the discriminator judges flow of estimates, which are not clean, so it is trained
-    on flow of clips that are not clean either.
+    The noise is ours, as the discriminator judges flow of estimates, which are not clean; the paper
+    trains it on flow of clean video.
     """
-    video = to_float(clips).transpose(1, 2)  # (N, 3, T, H, W)
-    n = torch.randn(video.shape, generator=rng).to(video.device)
-    i, j = random_pairs(len(video), cfg.frames, 1, cfg.gap, rng)
-    with torch.no_grad():
-        return flow_of_pairs(video + cfg.noise * n, i, j, nn.Identity(), estimate)
+    i, j = random_pairs(len(clips), clips.shape[1], 1, cfg.gap, rng)
+    rows = torch.arange(len(clips))
+    video = torch.stack([clips[rows, i[:, 0]], clips[rows, j[:, 0]]])  # (2, N, 3, H, W)
+    if torch.rand(1, generator=rng) < 0.5:
+        video = video.flip(4)
+    if torch.rand(1, generator=rng) < 0.5:
+        video = video.flip(3)
+    if torch.rand(1, generator=rng) < 0.5:
+        video = video.transpose(3, 4)
+    image1, image2 = to_float(video) + cfg.noise * torch.randn(video.shape, generator=rng)
+    return image1, image2
 
 def train_discriminator(cfg, raft, real, fake, out, device):
-    """Flow of real clips against flow of generated ones, uint8 (N, T, 3, H, W) both.
+    """Flow of real clips against flow of generated ones, uint8 (N, T, 3, H, W).
 
     The usual loss of a GAN's discriminator, but no generator is trained.
     """
+    frames, _, size, _ = fake.shape[1:]
     torch.manual_seed(cfg.seed + 2)
-    disc = Discriminator(cfg.size).to(device)
-    optimizer = torch.optim.AdamW(disc.parameters(), 0.5 * cfg.lr, weight_decay=0.05)
+    disc = Discriminator(size).to(device)
+    optimizer = torch.optim.AdamW(
+        disc.parameters(), 0.5 * cfg.lr, weight_decay=0.05, fused=device.type != "mps")
     saved = common.restore(out / "ckpt.pt", "motionprompt", cfg, disc=disc, optimizer=optimizer)
-    start = saved["step"]
-    log = common.Log(cfg.disc_iters, start, saved["log"], "discriminator")
-    estimate = estimator(raft, cfg.size)
+    log = common.Log(cfg.disc_iters, saved["step"], saved["log"], "discriminator")
+    estimate = estimator(raft)
 
-    for step in range(start + 1, cfg.disc_iters + 1):
+    def draw(step):
         rng = make_rng(cfg.seed, 6, step)
-        some_real = real[torch.randint(len(real), (32,), generator=rng)].to(device)
-        some_fake = fake[torch.randint(len(fake), (32,), generator=rng)].to(device)
-        real_logit = disc(turn(flow_of_clips(cfg, some_real, estimate, rng), rng))
-        fake_logit = disc(turn(flow_of_clips(cfg, some_fake, estimate, rng), rng))
+        chosen = torch.randint(len(real), (32,), generator=rng).tolist()
+        some_real = torch.stack([real.frames(n, 0, frames) for n in chosen])
+        some_fake = fake[torch.randint(len(fake), (32,), generator=rng)]
+        return *noisy_pair(cfg, some_real, rng), *noisy_pair(cfg, some_fake, rng)
+
+    loader = common.prefetched(draw, saved["step"], cfg.disc_iters, device)
+    for step, (real1, real2, fake1, fake2) in loader:
+        real_logit = disc(estimate(real1, real2))
+        fake_logit = disc(estimate(fake1, fake2))
         loss = -F.logsigmoid(real_logit).mean() / 2 - F.logsigmoid(-fake_logit).mean() / 2
 
         decay = 2.5 * (1 - step / cfg.disc_iters)  # in the last 40 %
@@ -647,66 +642,39 @@ def train_discriminator(cfg, raft, real, fake, out, device):
     log.close()
     return disc.eval().requires_grad_(False)
 
-@torch.no_grad()
-def make_fakes(cfg, net, words, captions, device):
-    """Clips of the video model for the discriminator, uint8 (N, T, 3, H, W).
-
-    Without guidance by the prompt: those have more of the faults it is to know. Paper silent.
-    """
-    text = common.to_indices(captions, words, net.length).to(device)
-    noise = torch.randn((len(text), *net.shape), generator=make_rng(cfg.seed, 7, 0))
-    sigmas = levels(cfg)
-    denoise = as_edm(net)
-    made = []
-    for a in tqdm(range(0, len(text), 32), "generating clips for the discriminator", leave=False):
-        c = net.encode(net.embed(text[a:a + 32]))
-        x = sigmas[0] * noise[a:a + 32].to(device)
-        for step in range(cfg.steps):
-            x = euler_step(denoise, x, sigmas[step].to(x).expand(len(x)), sigmas[step + 1].to(x), c)
-        made.append(to_uint8(x * net.std + net.mean).transpose(1, 2))
-    return torch.cat(made)
-
 # ---------------------------------------- load
 
 def load_video_model(cfg, device):
     """The text-to-video model of flowmo.py and its words. Raises Fault."""
-    path = Path(cfg.model or VIDEO_MODEL)
+    path = Path(cfg.model or VIDEO_MODEL).expanduser()
     saved = common.load_checkpoint(path, "flowmo")
     made = saved["config"]
-    for name in ("size", "frames"):
-        if made[name] != getattr(cfg, name):
-            raise Fault(f"--{name} {getattr(cfg, name)}: the model in {path} has {made[name]}; "
-                        f"give --{name} {made[name]}, or another --model")
-    net = TextToVideo(len(saved["words"]), saved["length"], made["size"], made["frames"],
-                      made["width"], made["layers"], cfg.amp)
-    net.load_state_dict(saved["model"])
     if saved["step"] != made["iters"]:
         raise Fault(f"{path} has {saved['step']} of {made['iters']} steps of training: "
                     "flowmo.py --resume makes the others")
-    print(f"text-to-video model: {path}")
+    net = TextToVideo(len(saved["words"]), saved["length"], made["size"], made["frames"],
+                      made["width"], made["layers"], cfg.amp)
+    net.load_state_dict(saved["model"])
+    print(f"text-to-video model: {path}, {made['frames']} frames of {made['size']} pixels")
     return net.to(device).eval().requires_grad_(False), saved["words"]
 
-def disc_path(cfg):
-    """The checkpoint of a run that trained, else --disc, else the shipped one."""
-    own = Path(cfg.out_dir) / "ckpt.pt"
-    if cfg.eval_only and own.exists():
-        return own
-    return Path(cfg.disc or SHIPPED)
-
-def load_disc(cfg, path, device):
-    """The flow estimator and the discriminator. Raises Fault."""
+def load_disc(cfg, size, device):
+    """The flow estimator and the discriminator, whose gap goes into cfg. Raises Fault."""
+    path = Path(cfg.disc or SHIPPED).expanduser()
     saved = common.load_checkpoint(path, "motionprompt")
     made = saved["config"]
-    if made["size"] != cfg.size or made["gap"] != cfg.gap:
-        raise Fault(f"the discriminator in {path} was trained with --size {made['size']} "
-                    f"--gap {made['gap']}: give these, or make another by --train")
     if saved["step"] != made["disc_iters"]:
         raise Fault(f"{path} has {saved['step']} of {made['disc_iters']} steps of training: "
                     "--resume makes the others")
+    cfg.gap = made["gap"]
     raft = TinyRAFT()
     raft.load_state_dict(saved["raft"])
-    disc = Discriminator(cfg.size)
-    disc.load_state_dict(saved["disc"])
+    disc = Discriminator(size)
+    try:
+        disc.load_state_dict(saved["disc"])
+    except RuntimeError:
+        raise Fault(f"the discriminator in {path} is not for clips of {size} pixels, as the video "
+                    "model's: make one by --train, and name it by --disc")
     print(f"flow estimator and discriminator: {path}")
     raft.to(device).eval().requires_grad_(False)
     disc.to(device).eval().requires_grad_(False)
@@ -724,19 +692,18 @@ def generate(cfg, net, words, raft, disc, prompts, noise, method, paths):
     """One video of each prompt from noise (N, 3, T, H, W), by a method of METHODS.
 
     Returns uint8 (N, T, 3, H, W), evaluations and seconds for each video (a gradient takes about
-    two more), and the path of the tokens of every 32 videos, which "random" is given as `paths`.
+    two more). paths: of the tokens of every batch; "motionprompt" adds to it, "random" needs it.
     """
-    device = noise.device
     n = len(common.split_words(cfg.tokens))
-    start = common.to_indices([cfg.tokens], words, n).to(device)
-    text = common.to_indices(prompts, words, net.length - n).to(device)
+    start = common.to_indices([cfg.tokens], words, n).to(noise.device)
+    text = common.to_indices(prompts, words, net.length - n).to(noise.device)
     text = F.pad(text, (0, n))  # (N, L): room for the tokens
     ends = (text > 0).sum(1)  # (N,): how many words
     sigmas = levels(cfg)
     guided = common.guided_steps(cfg) if method != "base" else set()
     K = cfg.K if method == "motionprompt" else 0
     lambdas = (cfg.lambda1, cfg.lambda2, cfg.lambda3)
-    estimate = estimator(raft, cfg.size)
+    estimate = estimator(raft)
     rng = make_rng(cfg.seed, 8, 0)
     with torch.no_grad():
         c_0 = net.encode(net.embed(0 * text[:1]))
@@ -746,16 +713,16 @@ def generate(cfg, net, words, raft, disc, prompts, noise, method, paths):
         return video * net.std + net.mean
 
     def loss(D, T):
-        i, j = random_pairs(len(D), cfg.frames, cfg.pairs, cfg.gap, rng)
+        i, j = random_pairs(len(D), D.shape[2], cfg.pairs, cfg.gap, rng)
         flow = flow_of_pairs(D, i, j, decode, estimate)
         return motion_loss(disc(flow), flow, T, T0, lambdas)
 
+    size = cfg.sample_batch
     made = []
-    walked = []
     began = time.perf_counter()
-    for a in tqdm(range(0, len(noise), 32), f"sampling, {METHODS[method]}", leave=False):
-        some = text[a:a + 32]
-        some_ends = ends[a:a + 32]
+    for a in tqdm(range(0, len(noise), size), f"sampling, {METHODS[method]}", leave=False):
+        some = text[a:a + size]
+        some_ends = ends[a:a + size]
 
         def encode(tokens):
             prompt = net.embed(some)
@@ -764,65 +731,40 @@ def generate(cfg, net, words, raft, disc, prompts, noise, method, paths):
             return net.encode(prompt)
 
         inner = common.counted(as_edm(net))
-        denoise = common.counted(prompted(as_edm(net), c_0, cfg.guidance_scale))
-        x = sigmas[0] * noise[a:a + 32]
+        denoise = common.counted(as_edm(net))
+        if cfg.guidance_scale != 1:
+            denoise = common.counted(prompted(as_edm(net), c_0, cfg.guidance_scale))
+        x = sigmas[0] * noise[a:a + size]
         T = T0.expand(len(x), -1, -1)
         if method == "random":
-            x = random_tokens(denoise, encode, T, paths[a // 32], x, sigmas, rng)
+            x = random_tokens(denoise, encode, T, paths[a // size], x, sigmas, rng)
         else:
             x, path = motionprompt(
                 denoise, inner, encode, T, x, sigmas, guided, loss, K, cfg.token_lr)
-            walked.append(path)
+        if method == "motionprompt":
+            paths.append(path)
         made.append(to_uint8(decode(x)).transpose(1, 2))
     seconds = (time.perf_counter() - began) / len(noise)
-    return torch.cat(made), denoise.calls + inner.calls, seconds, walked
+    return torch.cat(made), denoise.calls + inner.calls, seconds
 
-def evaluate(cfg, net, words, raft, disc, prompts, procedural):
-    """The same prompts and noise by every method. Returns rows and videos."""
+def compare(cfg, net, words, raft, disc, prompts, methods):
+    """The same prompts and noise by every method. Returns rows and {method: videos}."""
     shape = (len(prompts), *net.shape)
     noise = torch.randn(shape, generator=make_rng(cfg.seed, 3, 0)).to(net.mean.device)
+    # Once untimed, a batch and a rest as below: the first calls wake the device, or compile.
+    some = cfg.sample_batch + len(prompts) % cfg.sample_batch
+    short = replace(cfg, steps=1, guided="0")
+    generate(short, net, words, raft, disc, prompts[:some], noise[:some], "motionprompt", [])
     rows = []
     videos = {}
     paths = []
-    for method, label in METHODS.items():
-        videos[method], calls, seconds, walked = generate(
+    for method in methods:
+        videos[method], calls, seconds = generate(
             cfg, net, words, raft, disc, prompts, noise, method, paths)
-        if method == "motionprompt":
-            paths = walked
-        rows.append(dict(method=label, seed=cfg.seed, prompts=len(prompts), evaluations=calls,
-                         s_per_video=seconds))
-    scores = common.score(videos, prompts, ("base", "words", "random")) if procedural else {}
-    for method, row in zip(METHODS, rows):
-        row["cost_ratio"] = row["s_per_video"] / rows[0]["s_per_video"]
-        row.update(scores.get(method, {}))
+        rows.append(dict(method=METHODS[method], seed=cfg.seed, prompts=len(prompts),
+                         evaluations=calls, s_per_video=seconds))
+        rows[-1]["cost_ratio"] = seconds / rows[0]["s_per_video"]
     return rows, videos
-
-# ---------------------------------------- your own prompt
-
-def film_prompt(cfg, device):
-    """--prompt: one gif of four samples, without and with MotionPrompt."""
-    folder = common.find_run("motionprompt", cfg.dataset, cfg.out_dir)
-    if folder is None and not cfg.disc and (cfg.out_dir or cfg.dataset != "sprites"):
-        raise Fault(f"--prompt: there is no run on {cfg.dataset} in {cfg.out_dir or 'out/'}; train "
-                    "one, or leave --out_dir and --dataset out for the shipped models")
-    path = Path(cfg.disc or SHIPPED)
-    if not cfg.disc and folder and (folder / "ckpt.pt").exists():
-        path = folder / "ckpt.pt"
-    net, words = load_video_model(cfg, device)
-    raft, disc = load_disc(cfg, path, device)
-    common.check_prompt("tokens", cfg.tokens, words, SPARE)
-    common.check_prompt("prompt", cfg.prompt, words, net.length - SPARE)
-    noise = torch.randn(4, *net.shape, generator=make_rng(cfg.seed, 3, 0)).to(device)
-    videos = {}
-    for method in ("base", "motionprompt"):
-        label = METHODS[method]
-        videos[label] = generate(
-            cfg, net, words, raft, disc, [cfg.prompt] * 4, noise, method, [])[0]
-    gif = Path(folder or cfg.out_dir or "out") / "motionprompt-prompt.gif"
-    common.save_gif(gif, videos, width=96, ms=150)
-    print(f"wrote {gif}")
-
-# ---------------------------------------- main
 
 COLUMNS = {
     "method": ("method", ""), "coherent": ("coherent", ".3f"),
@@ -833,37 +775,42 @@ COLUMNS = {
     "cost_ratio": ("time", ".2f"),
 }
 
-def check(cfg):
-    """What single values cannot tell. Raises Fault."""
-    common.guided_steps(cfg)
-    if cfg.size % 4:
-        raise Fault(f"--size {cfg.size}: must be a multiple of 4")
-    if cfg.gap >= cfg.frames:
-        raise Fault(f"--gap {cfg.gap}: must be below --frames {cfg.frames}")
-    if cfg.train and cfg.prompt:
-        raise Fault("--prompt samples from models that are there: leave --train out")
-    if cfg.train and cfg.disc:
-        raise Fault("--train makes a discriminator, --disc loads one: leave one of them out")
-    if cfg.resume and not cfg.train:
-        raise Fault("--resume goes on with a training, and this run had none: run it again")
+# ---------------------------------------- main
 
 def main():
     began = time.time()
     cfg = common.parse_args("motionprompt", Config, PRESETS, __doc__)
-    check(cfg)
-    device = common.pick_device(cfg.device)
-    if cfg.prompt:
-        return film_prompt(cfg, device)
+    common.guided_steps(cfg)  # or a Fault
     trains = cfg.train and not cfg.eval_only
+    if trains and (cfg.prompt or cfg.disc):
+        raise Fault("--train makes a discriminator: leave --prompt and --disc out")
+    if cfg.resume and not cfg.train:
+        raise Fault("--resume goes on with a training, and this run had none: run it again")
+    device = common.pick_device(cfg.device)
+    if cfg.prompt or cfg.eval_only:
+        common.use_run("motionprompt", cfg, "disc")
     net, words = load_video_model(cfg, device)
+    _, frames, size, _ = net.shape
     common.check_prompt("tokens", cfg.tokens, words, SPARE)
     if not trains:
-        raft, disc = load_disc(cfg, disc_path(cfg), device)
+        raft, disc = load_disc(cfg, size, device)
+    if cfg.gap >= frames:
+        raise Fault(f"--gap {cfg.gap}: must be below the {frames} frames of the video model")
+    if cfg.compile:
+        net.compile()
+    if cfg.prompt:
+        common.check_prompt("prompt", cfg.prompt, words, net.length - SPARE)
+        prompts = 4 * [cfg.prompt]
+        _, videos = compare(cfg, net, words, raft, disc, prompts, ["base", "motionprompt"])
+        gif = Path(cfg.out_dir or "out", "motionprompt-prompt.gif")
+        shown = {METHODS[method]: video for method, video in videos.items()}
+        common.save_gif(gif, shown, width=96, ms=150)
+        print(f"wrote {gif}")
+        return
     counts = (4 * cfg.fakes if trains else 2, 512)  # sampling needs no training clips
     world = {"steady": 1.0} if cfg.dataset == "sprites" else {}  # real video has no flaws
     train_clips, test_clips, source = common.load_clips(
-        cfg.dataset, cfg.data_dir, cfg.size, counts, cfg.frames, cfg.seed, min_frames=cfg.frames,
-        **world)
+        cfg.dataset, cfg.data_dir, size, counts, frames, cfg.seed, min_frames=frames, **world)
     test_captions = common.captions_of(test_clips, cfg.dataset)
     common.check_words(test_captions, words)
     captions = common.captions_of(train_clips, cfg.dataset) if trains else []
@@ -872,17 +819,21 @@ def main():
         test_captions = [common.strip_quality_words(caption) for caption in test_captions]
     out = common.open_run("motionprompt", cfg, train_clips, test_clips, trained=cfg.train)
     print(f"preset {cfg.preset} on {device}, {len(train_clips)} + {len(test_clips)} {source} clips")
-    if cfg.compile:
-        net.compile()
 
     if trains:
-        raft = train_raft(cfg, out, device)
-        real = torch.stack([train_clips.frames(k, 0, cfg.frames) for k in range(len(train_clips))])
-        asked = [captions[k % len(captions)] for k in range(cfg.fakes)]
-        fake = make_fakes(cfg, net, words, asked, device)
-        disc = train_discriminator(cfg, raft, real, fake, out, device)
+        raft = train_raft(cfg, net.shape, out, device)
+        prompts = [captions[k % len(captions)] for k in range(cfg.fakes)]
+        noise = torch.randn((cfg.fakes, *net.shape), generator=make_rng(cfg.seed, 7, 0)).to(device)
+        # Without guidance: such clips have more of the faults that are to be known. Paper silent.
+        unguided = replace(cfg, guidance_scale=1.0)
+        fake = generate(unguided, net, words, None, None, prompts, noise, "base", [])[0]
+        disc = train_discriminator(cfg, raft, train_clips, fake, out, device)
     prompts = [test_captions[k % len(test_captions)] for k in range(cfg.prompts)]
-    rows, videos = evaluate(cfg, net, words, raft, disc, prompts, source == "procedural")
+    rows, videos = compare(cfg, net, words, raft, disc, prompts, METHODS)
+    if source == "procedural":
+        scores = common.score(videos, prompts, ("base", "words", "random"))
+        for method, row in zip(METHODS, rows):
+            row.update(scores[method])
     dataset = dict(name=cfg.dataset, source=source, clips=[len(train_clips), len(test_clips)])
     common.write_results(out, "motionprompt", cfg, device, dataset, rows, began)
     shown = {"without": videos["base"], "MotionPrompt": videos["motionprompt"]}

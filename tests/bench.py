@@ -394,8 +394,8 @@ def optimised_tokens():
     cfg = motionprompt.Config(**motionprompt.PRESETS["small" if GPU else "tiny"])
     net, prompt, c_0 = text_to_video(cfg)
     raft = motionprompt.TinyRAFT().to(DEVICE).eval().requires_grad_(False)
-    disc = motionprompt.Discriminator(cfg.size).to(DEVICE).eval().requires_grad_(False)
-    estimate = motionprompt.estimator(raft, cfg.size)
+    disc = motionprompt.Discriminator(net.shape[-1]).to(DEVICE).eval().requires_grad_(False)
+    estimate = motionprompt.estimator(raft)
     prompt = prompt.expand(16, -1, -1)
     ends = torch.full((16,), 5, device=DEVICE)
     T0 = torch.randn(16, 1, prompt.shape[2], device=DEVICE)
@@ -409,7 +409,7 @@ def optimised_tokens():
         return net.encode(prompt if T is None else motionprompt.append(prompt, T, ends))
 
     def loss(D, T):
-        i, j = motionprompt.random_pairs(16, cfg.frames, cfg.pairs, cfg.gap, rng)
+        i, j = motionprompt.random_pairs(16, D.shape[2], cfg.pairs, cfg.gap, rng)
         flow = motionprompt.flow_of_pairs(D, i, j, torch.nn.Identity(), estimate)
         return motionprompt.motion_loss(disc(flow), flow, T, T0, (1.0, 0.1, 0.001))
 
@@ -456,9 +456,10 @@ def training():
             "",
             f"{mo.batch} clips of {mo.frames}, {mo.size} px",
         )
-        raft = motionprompt.train_raft(mp, folder, DEVICE)
+        shape = (3, mo.frames, mo.size, mo.size)
+        raft = motionprompt.train_raft(mp, shape, folder, DEVICE)
         seconds = clock(
-            lambda: motionprompt.train_discriminator(mp, raft, some, some, folder, DEVICE)
+            lambda: motionprompt.train_discriminator(mp, raft, clips, some, folder, DEVICE)
         )
         yield "motionprompt.py: steps/s, discriminator", 8 / seconds, "", "64 pairs of frames"
 

@@ -832,8 +832,8 @@ def ship_flowloss(args):
 
 def video_model(args):
     """The text-to-video model, its words, held-out prompts and noise of --seed."""
-    cfg = flowmo.Config(seed=args.seed, prompts=args.clips)
-    net, words, _ = flowmo.load_model(Path(args.model or flowmo.SHIPPED), args.device)
+    cfg = flowmo.Config(seed=args.seed, prompts=args.clips, model=args.model)
+    net, words = flowmo.load_model(cfg, args.device)
     prompts = []
     for k in range(args.clips):
         clip = common.sprites(common.world_rng(args.seed, "test", k), cfg.size, cfg.frames)
@@ -1040,11 +1040,10 @@ def flowmo_premise(args):
     print(markdown(["AUC at step", *map(str, range(cfg.steps))], rows))
 
 
-def disc_of(args):
+def disc_of(args, size):
     """Settings, flow estimator and discriminator of motionprompt.py: --disc, or what is shipped."""
-    cfg = motionprompt.Config(seed=args.seed, prompts=args.clips)
-    path = Path(args.disc or motionprompt.SHIPPED)
-    return cfg, *motionprompt.load_disc(cfg, path, args.device)
+    cfg = motionprompt.Config(seed=args.seed, prompts=args.clips, disc=args.disc)
+    return cfg, *motionprompt.load_disc(cfg, size, args.device)
 
 
 VARIANTS = {  # of MotionPrompt: what differs from the script's settings
@@ -1063,7 +1062,7 @@ def latent_guidance(cfg, net, words, raft, disc, prompts, noise, eta=0.05):
     """
     text = common.to_indices(prompts, words, net.length)
     sigmas = motionprompt.levels(cfg)
-    estimate = motionprompt.estimator(raft, cfg.size)
+    estimate = motionprompt.estimator(raft)
     rng = make_rng(cfg.seed, 8, 0)
     inner = common.counted(motionprompt.as_edm(net))
     made = []
@@ -1081,7 +1080,7 @@ def latent_guidance(cfg, net, words, raft, disc, prompts, noise, eta=0.05):
             for _ in range(cfg.K if step in common.guided_steps(cfg) else 0):
                 x = x.detach().requires_grad_()
                 D = inner(x, sigma, c) * net.std + net.mean
-                i, j = motionprompt.random_pairs(len(D), cfg.frames, cfg.pairs, cfg.gap, rng)
+                i, j = motionprompt.random_pairs(len(D), D.shape[2], cfg.pairs, cfg.gap, rng)
                 flow = motionprompt.flow_of_pairs(D, i, j, nn.Identity(), estimate)
                 loss = motionprompt.motion_loss(
                     disc(flow), flow, none, none, (cfg.lambda1, cfg.lambda2, 0))
@@ -1097,15 +1096,13 @@ def latent_guidance(cfg, net, words, raft, disc, prompts, noise, eta=0.05):
 def motionprompt_rows(args):
     """MotionPrompt: base, words, motionprompt, random; VARIANTS; latent; + WORD (runs)."""
     _, net, words, prompts, noise = video_model(args)
-    cfg, raft, disc = disc_of(args)
+    cfg, raft, disc = disc_of(args, net.shape[-1])
     made = dict(prompts=prompts)
     paths = []
     for method in args.runs or ["base", "words", "motionprompt", "random"]:
         if method in motionprompt.METHODS:
-            *made[method], walked = motionprompt.generate(
+            made[method] = motionprompt.generate(
                 cfg, net, words, raft, disc, prompts, noise, method, paths)
-            if method == "motionprompt":
-                paths = walked
         elif method == "latent":
             made[method] = latent_guidance(cfg, net, words, raft, disc, prompts, noise)
         else:
@@ -1116,7 +1113,7 @@ def motionprompt_rows(args):
                 other = replace(cfg, **VARIANTS[method])
                 kind = "motionprompt"
             made[method] = motionprompt.generate(
-                other, net, words, raft, disc, prompts, noise, kind, [])[:3]
+                other, net, words, raft, disc, prompts, noise, kind, [])
     save_rows(args, made)
 
 
@@ -1124,14 +1121,15 @@ def motionprompt_rows(args):
 def motionprompt_disc(args):
     """What the discriminator tells: AUC for coherent clips, real, generated, and as estimates."""
     _, net, words, prompts, noise = video_model(args)
-    cfg, raft, disc = disc_of(args)
-    estimate = motionprompt.estimator(raft, cfg.size)
+    _, frames, size, _ = net.shape
+    cfg, raft, disc = disc_of(args, size)
+    estimate = motionprompt.estimator(raft)
     rng = make_rng(args.seed, 9, 0)
 
     def phi(video, noisy=True, rounds=8):  # (N, 3, T, H, W) in [-1, 1]
         if noisy:
             video = video + cfg.noise * torch.randn(video.shape, generator=rng)
-        i, j = motionprompt.random_pairs(len(video), cfg.frames, rounds, cfg.gap, rng)
+        i, j = motionprompt.random_pairs(len(video), video.shape[2], rounds, cfg.gap, rng)
         logits = []
         for a in range(0, len(video), 32):
             flow = motionprompt.flow_of_pairs(
@@ -1142,7 +1140,7 @@ def motionprompt_disc(args):
     real = []
     steady = []
     for k in range(args.clips):
-        clip = common.sprites(common.world_rng(args.seed, "test", 1000 + k), cfg.size, cfg.frames)
+        clip = common.sprites(common.world_rng(args.seed, "test", 1000 + k), size, frames)
         real.append(clip["video"])
         steady.append(not clip["flaw"])
     rows = [["clips of the world", auc(phi(to_float(torch.stack(real)).transpose(1, 2)),
@@ -1181,7 +1179,8 @@ def motionprompt_words(args):
     from matplotlib import pyplot as plt
 
     _, net, words, prompts, noise = video_model(args)
-    cfg, raft, disc = disc_of(args)
+    _, frames, size, _ = net.shape
+    cfg, raft, disc = disc_of(args, size)
     sigmas = motionprompt.levels(cfg)
     base = motionprompt.generate(cfg, net, words, raft, disc, prompts, noise, "base", [])[0]
     base = common.judge(base, prompts)["coherent"]
@@ -1198,13 +1197,13 @@ def motionprompt_words(args):
     clips = []
     for k in range(args.clips):
         rng = common.world_rng(args.seed, "test", k)
-        clips.append(common.sprites(rng, cfg.size, cfg.frames, flow=True, steady=1.0))
+        clips.append(common.sprites(rng, size, frames, flow=True, steady=1.0))
     true = torch.stack([clip["flow"] for clip in clips])  # (N, T - 1, 2, H, W)
     moving = true.square().sum(2) > 0.06
     y = to_float(torch.stack([clip["video"] for clip in clips])).transpose(1, 2)
     y = (y - net.mean) / net.std
     c = net.encode(net.embed(common.to_indices(prompts, words, net.length)))
-    estimate = motionprompt.estimator(raft, cfg.size)
+    estimate = motionprompt.estimator(raft)
     errors = []
     for step in range(cfg.steps):
         n = torch.randn(y.shape, generator=make_rng(args.seed, 10, step))
@@ -1313,7 +1312,7 @@ def first_picture(args):
 
     args.clips = 48
     mo, net, words, prompts, noise = video_model(args)
-    mp, raft, disc = disc_of(args)
+    mp, raft, disc = disc_of(args, net.shape[-1])
     plain = flowmo.generate(mo, net, words, prompts, noise, "base")[0]
     guided = flowmo.generate(mo, net, words, prompts, noise, "flowmo")[0]
     plain_edm, guided_edm = [

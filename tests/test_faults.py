@@ -197,17 +197,18 @@ def test_eval_only_needs_no_other_flag_and_repeats_the_numbers(staged, runner, w
 @pytest.mark.parametrize("how", ["--resume", "--eval_only"])
 def test_another_size_than_that_of_the_run_is_refused(script, how, runner, whole):
     shutil.copytree(whole(script), "o")
-    refused(runner(script)("--out_dir", "o", how, "--size", 64, tiny=False),
-            "--size 64: the run in o was trained with")
+    flag = "gap" if script is motionprompt else "size"  # its size is the video model's
+    refused(runner(script)("--out_dir", "o", how, f"--{flag}", 64, tiny=False),
+            f"--{flag} 64: the run in o was trained with")
 
 
 def test_no_flag_that_shapes_the_training_is_free(script):
     bound = {f.name for f in fields(script.Config) if not f.metadata["free"]}
-    shapes = {"dataset", "preset", "seed", "size", "amp", "lr"}
+    shapes = {"dataset", "preset", "seed", "amp", "lr"}
     if script is motionprompt:
-        shapes |= {"model", "raft_iters", "disc_iters", "fakes", "noise", "gap", "frames"}
+        shapes |= {"model", "raft_iters", "disc_iters", "fakes", "noise", "gap"}
     else:
-        shapes |= {"iters", "batch", "clips", "width", "ema"}
+        shapes |= {"iters", "batch", "clips", "width", "size", "ema"}
     assert bound >= shapes
 
 

@@ -402,12 +402,11 @@ def model(finished, monkeypatch):
     return path
 
 
-SHAPE = ["--frames", 6, "--width", 32, "--layers", 1, "--prompts", 4, "--steps", 4,
-         "--guided", "0-1"]
+FEW = ["--prompts", 4, "--steps", 4, "--guided", "0-1", "--device", "cpu"]
 
 
 def test_without_train_it_samples_from_the_shipped_model_again_and_again(run, model):
-    status, text, err = run(*SHAPE, "--device", "cpu", tiny=False)
+    status, text, err = run(*FEW, tiny=False)
     assert status == 0, err
     assert f"text-to-video model: {model}" in text
     out = Path("out/flowmo-sprites-procedural")
@@ -417,17 +416,21 @@ def test_without_train_it_samples_from_the_shipped_model_again_and_again(run, mo
     assert [row["method"] for row in rows] == list(flowmo.METHODS.values())
     assert [row["evaluations"] for row in rows] == [4, 4, 6]  # a gradient is no evaluation
     assert rows[2]["over_base"][0] == pytest.approx(rows[2]["coherent"] - rows[0]["coherent"])
-    assert run(*SHAPE, "--device", "cpu", tiny=False)[0] == 0  # mere samples may be overwritten
+    assert run(*FEW, tiny=False)[0] == 0  # mere samples may be overwritten
     again = json.loads((out / "results.json").read_text())["rows"]
     assert [row["coherent"] for row in again] == [row["coherent"] for row in rows]
 
 
 def test_the_model_decides_the_shape_and_a_training_is_not_overwritten(run, model, tmp_path):
-    refused(run("--frames", 5, tiny=False), "--frames 5: the model in", "has 6")
+    status, text, err = run("--frames", 5, "--width", 64, "--prompts", 2, "--steps", 2, "--guided", 1,
+                            "--device", "cpu", "--out_dir", "s", tiny=False)
+    assert status == 0 and "6 frames of 16 pixels" in text, err
+    used = json.loads(Path("s/config.json").read_text())["config"]
+    assert (used["frames"], used["width"], used["layers"]) == (6, 32, 1)
     status, _, err = run("--out_dir", "o")
     assert status == 0, err
     before = content(tmp_path / "o")
-    refused(run(*SHAPE, "--out_dir", "o", tiny=False), "o holds an earlier run")
+    refused(run(*FEW, "--out_dir", "o", tiny=False), "o holds an earlier run")
     assert content(tmp_path / "o") == before
 
 
@@ -461,7 +464,7 @@ def test_captioned_clips_of_ones_own_are_trained_on(run, tmp_path):
     assert "coherent" not in rows[0] and rows[2]["evaluations"] == 6
     words = torch.load("out/flowmo-mine/ckpt.pt", weights_only=True)["words"]
     assert "волны" in words and "海" in words and "wellen" in words
-    other = ["--model", "out/flowmo-mine/ckpt.pt", *SHAPE, "--dataset", "mine", "--device", "cpu"]
+    other = ["--model", "out/flowmo-mine/ckpt.pt", *FEW, "--dataset", "mine", "--device", "cpu"]
     refused(run(*other, "--out_dir", "e", tiny=False), "knows no word of the held-out captions")
     (folder / "test" / "clip.3.txt").write_text("waves am Meer", encoding="utf-8")
     status, _, err = run(*other, "--out_dir", "e", tiny=False)
@@ -478,8 +481,9 @@ def test_captioned_clips_of_ones_own_are_trained_on(run, tmp_path):
     ("--size 18", "--size 18: must be a multiple of 4"), ("--width 40", "--width 40"),
     ("--eta -1", "--eta -1.0: must lie between"), ("--dataset sky", "has no captions"),
     ("--dataset nowhere", "no clips found: looked in data/nowhere"),
-    ("--eval_only", "nothing to continue"), ("--model x.pt", "leave one of them out"),
-    ("--place 3", "--place 3: must divide")])
+    ("--eval_only", "nothing to continue"), ("--model x.pt", "--train makes a model"),
+    ("--prompt x", "leave --prompt and --model out"),
+    ("--place 3", "--size 16: must be a multiple of 4 and of --place 3")])
 def test_bad_input_is_one_clear_line_and_exit_status_2(run, tmp_path, flags, says):
     refused(run(*flags.split()), says)
     assert not list(tmp_path.rglob("*.pt"))
@@ -491,7 +495,7 @@ def test_the_shipped_model_obeys_prompts_and_words_and_says_how_it_was_made():
     assert flowmo.SHIPPED.stat().st_size < 3.1e6
     saved = common.load_checkpoint(flowmo.SHIPPED, "flowmo")
     assert saved["made"].keys() >= {"command", "commit", "steps", "minutes", "machine"}
-    net, words, _ = flowmo.load_model(flowmo.SHIPPED, torch.device("cpu"))
+    net, words = flowmo.load_model(flowmo.Config(), torch.device("cpu"))
     net.eval()
     plain = ["a red circle moving left", "a blue bar moving up", "a green square moving right",
              "a yellow circle moving down"] * 4

@@ -369,26 +369,35 @@ def test_the_discriminator_tells_flows_that_differ_from_flows_that_do_not():
 
 
 def test_flow_of_small_clips_is_in_their_own_pixels():
-    estimate = motionprompt.estimator(lambda a, b: torch.full_like(a[:, :2], 3.0), 16)
+    estimate = motionprompt.estimator(lambda a, b: torch.full_like(a[:, :2], 3.0))
     flow = estimate(randn(1, 3, 16, 16), randn(1, 3, 16, 16))
     assert torch.equal(flow, torch.full((1, 2, 16, 16), 1.5))
 
 
-def test_turned_flow_is_the_flow_of_turned_clips():
-    """The target of every pixel, moved with the picture, is where the turned flow points."""
-    column, row = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="xy")
-    grid = torch.stack([column, row])  # (2, 4, 4)
-    flow = randn(1, 2, 4, 4)
-    seen = set()
-    for seed in range(30):
-        turned = motionprompt.turn(flow, torch.Generator().manual_seed(seed))
-        place = motionprompt.turn(grid[None] - 1.5, torch.Generator().manual_seed(seed))[0]
-        # place[:, y, x] holds, turned as a vector, where pixel (x, y) came from
-        torch.testing.assert_close(place, grid - 1.5)
-        sizes = turned.square().sum(1).flatten().sort().values
-        torch.testing.assert_close(sizes, flow.square().sum(1).flatten().sort().values)
-        seen.add(tuple(turned.flatten().tolist()))
-    assert len(seen) == 8
+def test_a_noisy_pair_is_of_one_clip_turned_alike_with_the_noise_that_is_asked_for():
+    """Frame t of clip n holds n on its left, t on its right half."""
+    clips = torch.zeros(64, 8, 3, 8, 8, dtype=torch.uint8)
+    clips[..., :4] = torch.arange(64, dtype=torch.uint8).view(64, 1, 1, 1, 1)
+    clips[..., 4:] = 200 + torch.arange(8, dtype=torch.uint8).view(1, 8, 1, 1, 1)
+    turns = set()
+    gaps = set()
+    for seed in range(40):
+        rng = torch.Generator().manual_seed(seed)
+        cfg = motionprompt.Config(noise=0.0, gap=3)
+        pair = motionprompt.noisy_pair(cfg, clips, rng)
+        first, second = [common.to_uint8(image) for image in pair]
+        named = first < 100  # (64, 3, 8, 8): the half that holds n
+        assert torch.equal(named, second < 100) and torch.equal(first[named], second[named])
+        assert torch.equal(first[named].view(64, -1), clips[:, 0, :, :, :4].flatten(1))
+        gaps |= set((second.int() - first.int())[~named].tolist())
+        turns.add(tuple(named[0, 0].flatten().tolist()))
+    assert gaps == {1, 2, 3} and len(turns) == 4
+    rng.manual_seed(seed)
+    clean = motionprompt.noisy_pair(motionprompt.Config(noise=0.0), clips, rng)
+    rng.manual_seed(seed)
+    noisy = motionprompt.noisy_pair(motionprompt.Config(noise=0.2), clips, rng)
+    noise = torch.stack(noisy) - torch.stack(clean)
+    assert noise.std().item() == pytest.approx(0.2, rel=0.02) and noise.mean().abs() < 0.01
 
 
 # ---------------------------------------- end to end
@@ -430,14 +439,12 @@ def test_a_prompt_becomes_one_gif_and_unknown_words_are_named(run):
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--guided x", "--guided x: must be steps"), ("--gap 8", "--gap 8: must be below"),
-    ("--size 18", "--size 18: must be a multiple of 4"),
-    ("--size 32", "--size 32: the model in"), ("--frames 6", "--frames 6: the model in"),
+    ("--guided x", "--guided x: must be steps"), ("--gap 8", "--gap 8: must be below the 8 frames"),
     ("--tokens authentic,steady,shaky", "one to 2 words"), ("--tokens ...", "one to 2 words"),
-    ("--prompt x", "leave --train out"),
+    ("--prompt x", "leave --prompt and --disc out"),
     ("--dataset nowhere", "no clips found: looked in data/nowhere"),
     ("--dataset sky", "has no captions"), ("--eval_only", "nothing to continue"),
-    ("--disc x.pt", "leave one of them out"), ("--model x.pt", "x.pt is not there")])
+    ("--disc x.pt", "--train makes a discriminator"), ("--model x.pt", "x.pt is not there")])
 def test_bad_input_is_one_clear_line_and_exit_status_2(run, tmp_path, flags, says):
     refused(run(*flags.split()), says)
     assert not list(tmp_path.rglob("*.pt"))
@@ -450,9 +457,10 @@ def test_the_shipped_raft_sees_motion_and_the_discriminator_tells_steady_from_fl
     assert path.stat().st_size < 1e6
     saved = common.load_checkpoint(path, "motionprompt")
     assert saved["made"].keys() >= {"command", "commit", "steps", "minutes", "machine"}
-    cfg = motionprompt.Config(**saved["config"])
-    raft, disc = motionprompt.load_disc(cfg, path, torch.device("cpu"))
-    estimate = motionprompt.estimator(raft, 16)
+    cfg = motionprompt.Config()
+    raft, disc = motionprompt.load_disc(cfg, 16, torch.device("cpu"))
+    assert cfg.gap == saved["config"]["gap"]
+    estimate = motionprompt.estimator(raft)
 
     clips = [common.sprites(common.world_rng(5, "test", k), 16, 8, flow=True) for k in range(60)]
     steady = torch.tensor([not clip["flaw"] for clip in clips])
@@ -464,7 +472,8 @@ def test_the_shipped_raft_sees_motion_and_the_discriminator_tells_steady_from_fl
     assert error < 0.5 * truth.norm(dim=1)[moving].mean()
 
     rng = torch.Generator().manual_seed(0)
-    logits = [disc(motionprompt.flow_of_clips(cfg, video, estimate, rng)) for _ in range(8)]
+    pairs = [motionprompt.noisy_pair(cfg, video, rng) for _ in range(8)]
+    logits = [disc(estimate(image1, image2)) for image1, image2 in pairs]
     phi = torch.stack(logits).mean(0)
     auc = (phi[steady][:, None] > phi[~steady]).float().mean()
     assert auc > 0.75
