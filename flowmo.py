@@ -15,10 +15,8 @@ in early steps of sampling, so that it varies less at the worst place. Nothing i
     Eq. 9   guidance        z <- z - eta grad_z L               then u is evaluated again
 
 The optimiser of Eq. 9 is Adam, new at every step. Its first step divides a gradient by its own
-size, so every element of z that L depends on moves by eta. Eq. 4, the clean estimate z - t u, is
-for pictures in the paper, and for the loss in a later version of its code; Eqs. 5 and 6 are left
-out: grey pictures, and a sampler's step that is misprinted. A place of a latent is 8x8 pixels;
-here 4x4 are one.
+size, so every element of z that L depends on moves by eta. Left out: Eqs. 4 and 5, pictures of the
+clean estimate z - t u, and Eq. 6, a sampler's step that is misprinted.
 
     python flowmo.py                                    # 2 minutes on two cores
     python flowmo.py --prompt "a red circle moving up"  # one gif, without and with it
@@ -48,6 +46,7 @@ from common import Fault, like, make_rng, opt, to_float, to_uint8
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "models" / "sprites.pt"
 SAVE_EVERY = 500  # training steps
+PLACE = 4  # a place of the paper's latent is 8x8 pixels; 4x4 of these small clips
 
 @dataclass
 class Config:
@@ -70,7 +69,6 @@ class Config:
     guidance_scale: float = opt(2.0, "w of classifier-free guidance; 1: none", 0, 100, free=True)
     guided: str = opt("5-10", "guided steps from 0, ranges with commas between", free=True)
     eta: float = opt(0.05, "how far a guided step moves every element of z", 0, 100, free=True)
-    place: int = opt(4, "pixels (squared) that are one place for the loss", 1, 64, free=True)
     iters: int = opt(12000, "--train: steps", 1, 10**8)
     batch: int = opt(16, "--train: clips in a batch", 1, 65536)
     lr: float = opt(1.5e-3, "--train: AdamW's learning rate", 0, 1)
@@ -79,7 +77,6 @@ class Config:
     width: int = opt(128, "--train: channels of the transformer, a multiple of 32", 32, 4096)
     layers: int = opt(3, "--train: layers of the transformer", 1, 100)
     ema: float = opt(0.995, "--train: decay of the average of weights", 0, 0.999999)
-    drop: float = opt(0.1, "--train: share of captions left out, for u_0", 0, 1)
     clips: int = opt(8000, "--train: clips of the procedural world", 2, 10**6)
 
 PRESETS = {
@@ -171,10 +168,7 @@ def random_step(z, velocity, eta, rng):
     return z, velocity(z)
 
 def as_places(u, pixels):
-    """(B, C, T, H, W) -> (B, C pixels^2, T, H / pixels, W / pixels).
-
-    A place of a latent stands for 8x8 pixels, so in pixel space some are to count as one place.
-    """
+    """(B, C, T, H, W) -> (B, C pixels^2, T, H / pixels, W / pixels): squares become places."""
     return F.pixel_unshuffle(u.transpose(1, 2), pixels).transpose(1, 2)
 
 # ---------------------------------------- sampler
@@ -349,10 +343,10 @@ def train(cfg, clips, captions, out, device):
     net.mean.fill_(some.mean())
     net.std.fill_(some.std())
     average = AveragedModel(net, multi_avg_fn=common.ema_decay(cfg.ema))
-    slow = [net.order, *net.embed.parameters(), *net.text.parameters()]
-    quick = [p for p in net.parameters() if p not in set(slow)]
     # Text has a tenth of the rate, or words move faster than they are learned.
-    groups = [dict(params=quick, factor=1.0), dict(params=slow, factor=0.1)]
+    slow = {net.order, *net.embed.parameters(), *net.text.parameters()}
+    groups = [dict(params=[p for p in net.parameters() if p not in slow], factor=1.0),
+              dict(params=[p for p in net.parameters() if p in slow], factor=0.1)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=device.type != "mps")
     saved = common.restore(
         out / "ckpt.pt", "flowmo", cfg, net=net, average=average, optimizer=optimizer)
@@ -370,7 +364,7 @@ def train(cfg, clips, captions, out, device):
         t = torch.rand(cfg.batch, generator=rng)
         near = torch.rand(cfg.batch, generator=rng) < 0.4  # noise, where it is decided what moves
         t = torch.where(near, 0.85 + 0.15 * t, t)
-        stays = torch.rand(cfg.batch, 1, generator=rng) >= cfg.drop  # the others teach u_0
+        stays = torch.rand(cfg.batch, 1, generator=rng) >= 0.1  # the others teach u_0
         clip, _ = batches.where(step - 1)
         said = stays * move_last_word(text[clip], make_rng(cfg.seed, 2, step))  # (B, L)
         return frames, z_0, t, said
@@ -406,10 +400,7 @@ def train(cfg, clips, captions, out, device):
 # ---------------------------------------- load
 
 def load_model(cfg, device):
-    """The model of --model, of the run that is gone back to, or the shipped one; and its words.
-
-    Its size, frames, width and layers go into cfg. Raises Fault.
-    """
+    """A text-to-video model and its words. Its shape goes into cfg. Raises Fault."""
     if cfg.prompt or cfg.eval_only:
         common.use_run("flowmo", cfg, "model")
     path = Path(cfg.model or SHIPPED).expanduser()
@@ -433,8 +424,8 @@ METHODS = {"base": "no guidance", "random": "random step", "flowmo": "FlowMo"}
 def generate(cfg, net, words, prompts, noise, method):
     """One video of each prompt from noise (N, 3, T, H, W), by a method of METHODS.
 
-    Returns uint8 (N, T, 3, H, W), evaluations of the velocity and seconds for each video. The
-    evaluations do not count the gradient of a guided step: it takes about two more.
+    Returns uint8 (N, T, 3, H, W), evaluations and seconds for each video (a gradient takes about
+    two more).
     """
     text = common.to_indices(prompts, words, net.length).to(noise.device)
     c_0 = net.encode(net.embed(0 * text[:1]))
@@ -442,7 +433,7 @@ def generate(cfg, net, words, prompts, noise, method):
     times = time_grid(cfg.steps)
 
     def loss(u):
-        return flowmo_loss(as_places(u, cfg.place))
+        return flowmo_loss(as_places(u, PLACE))
 
     def guide(z, velocity):
         if method == "random":
@@ -497,21 +488,18 @@ def main():
     trains = cfg.train and not cfg.eval_only
     if trains and (cfg.prompt or cfg.model):
         raise Fault("--train makes a model: leave --prompt and --model out")
-    if cfg.resume and not cfg.train:
-        raise Fault("--resume goes on with a training, and this run had none: run it again")
     device = common.pick_device(cfg.device)
     if not trains:
         net, words = load_model(cfg, device)
-    if cfg.size % 4 or cfg.size % cfg.place:
-        raise Fault(f"--size {cfg.size}: must be a multiple of 4 and of --place {cfg.place}")
+    if cfg.size % 4:
+        raise Fault(f"--size {cfg.size}: must be a multiple of 4")
     if cfg.width % 32:
         raise Fault(f"--width {cfg.width}: must be a multiple of 32")
     if cfg.prompt:
         common.check_prompt("prompt", cfg.prompt, words, net.length)
         _, videos = compare(cfg, net, words, 4 * [cfg.prompt], ["base", "flowmo"])
         gif = Path(cfg.out_dir or "out", "flowmo-prompt.gif")
-        shown = {METHODS[method]: video for method, video in videos.items()}
-        common.save_gif(gif, shown, width=96, ms=150)
+        common.save_gif(gif, videos, width=96, ms=150)
         print(f"wrote {gif}")
         return
     counts = (cfg.clips if trains else 2, 512)  # sampling needs no training clips

@@ -784,8 +784,6 @@ def main():
     trains = cfg.train and not cfg.eval_only
     if trains and (cfg.prompt or cfg.disc):
         raise Fault("--train makes a discriminator: leave --prompt and --disc out")
-    if cfg.resume and not cfg.train:
-        raise Fault("--resume goes on with a training, and this run had none: run it again")
     device = common.pick_device(cfg.device)
     if cfg.prompt or cfg.eval_only:
         common.use_run("motionprompt", cfg, "disc")
@@ -803,8 +801,7 @@ def main():
         prompts = 4 * [cfg.prompt]
         _, videos = compare(cfg, net, words, raft, disc, prompts, ["base", "motionprompt"])
         gif = Path(cfg.out_dir or "out", "motionprompt-prompt.gif")
-        shown = {METHODS[method]: video for method, video in videos.items()}
-        common.save_gif(gif, shown, width=96, ms=150)
+        common.save_gif(gif, videos, width=96, ms=150)
         print(f"wrote {gif}")
         return
     counts = (4 * cfg.fakes if trains else 2, 512)  # sampling needs no training clips

@@ -922,13 +922,13 @@ def variance_of(u):
 def flowmo_variant(cfg, method, z, t, velocity):
     """A guided step of a variant: the moved z and u there."""
     def loss(u):
-        return flowmo.flowmo_loss(flowmo.as_places(u, cfg.place))
+        return flowmo.flowmo_loss(flowmo.as_places(u, flowmo.PLACE))
 
     def mean(u):  # over places, instead of Eq. 8
-        return flowmo.place_variance(flowmo.as_places(u, cfg.place)).mean(1)
+        return flowmo.place_variance(flowmo.as_places(u, flowmo.PLACE)).mean(1)
 
     def undebiased(u):
-        return variance_of(flowmo.as_places(u, cfg.place))
+        return variance_of(flowmo.as_places(u, flowmo.PLACE))
 
     if method == "mean":
         return flowmo.flowmo_step(z, velocity, cfg.eta, mean)
@@ -1026,7 +1026,7 @@ def flowmo_premise(args):
             u = velocity(z, times[step].expand(len(z)))
             clean = z - times[step] * u
             for name, value in (("u", u), ("clean estimate", clean)):
-                s = flowmo.place_variance(flowmo.as_places(value, cfg.place))
+                s = flowmo.place_variance(flowmo.as_places(value, flowmo.PLACE))
                 for over, statistic in (("max", s.amax(1)), ("mean", s.mean(1))):
                     found.setdefault((name, over), {}).setdefault(step, []).append(statistic)
             z = z + (times[step + 1] - times[step]) * u

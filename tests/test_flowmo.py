@@ -483,7 +483,7 @@ def test_captioned_clips_of_ones_own_are_trained_on(run, tmp_path):
     ("--dataset nowhere", "no clips found: looked in data/nowhere"),
     ("--eval_only", "nothing to continue"), ("--model x.pt", "--train makes a model"),
     ("--prompt x", "leave --prompt and --model out"),
-    ("--place 3", "--size 16: must be a multiple of 4 and of --place 3")])
+    ("--sample_batch 0", "--sample_batch 0: must lie between")])
 def test_bad_input_is_one_clear_line_and_exit_status_2(run, tmp_path, flags, says):
     refused(run(*flags.split()), says)
     assert not list(tmp_path.rglob("*.pt"))
