@@ -368,34 +368,33 @@ class TinyRAFT(nn.Module):
 
 SPARE = 2  # places behind the longest caption, for the tokens of motionprompt.py
 
-def conv(channels_in, channels, kernel=3):
-    """A convolution over space, frame by frame, of (B, C, T, H, W)."""
-    pad = kernel // 2
-    return nn.Conv3d(channels_in, channels, (1, kernel, kernel), padding=(0, pad, pad))
-
-def group_norm(channels):
-    return nn.GroupNorm(math.gcd(8, channels), channels)
+def on_frames(layer, x):
+    """A layer for pictures on every frame of x (B, C, T, H, W)."""
+    B, _, T, _, _ = x.shape
+    h = layer(x.transpose(1, 2).flatten(0, 1))  # (B T, C, H, W)
+    return h.unflatten(0, (B, T)).transpose(1, 2)
 
 class ResBlock(nn.Module):
     """Convolutions over space, then over time, scaled and shifted by clock and sentence."""
 
     def __init__(self, cin, cout, d):
         super().__init__()
-        self.norm1 = group_norm(cin)
-        self.conv1 = conv(cin, cout)
+        self.norm1 = nn.GroupNorm(8, cin)
+        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
         self.emb = nn.Linear(d, 2 * cout)
-        self.norm2 = group_norm(cout)
-        self.conv2 = conv(cout, cout)
-        self.skip = conv(cin, cout, 1)
-        self.norm3 = group_norm(cout)
-        self.time = nn.Conv3d(cout, cout, (3, 1, 1), padding=(1, 0, 0))
+        self.norm2 = nn.GroupNorm(8, cout)
+        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
+        self.skip = nn.Conv2d(cin, cout, 1)
+        self.norm3 = nn.GroupNorm(8, cout)
+        self.time = nn.Conv2d(cout, cout, (3, 1), padding=(1, 0))
 
     def forward(self, x, emb):  # (B, C, T, H, W), (B, d)
         scale, shift = self.emb(emb)[..., None, None, None].chunk(2, 1)
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = on_frames(self.conv1, F.silu(self.norm1(x)))
         h = self.norm2(h) * (1 + scale) + shift
-        x = self.skip(x) + self.conv2(F.silu(h))
-        return x + self.time(F.silu(self.norm3(x)))
+        x = on_frames(self.skip, x) + on_frames(self.conv2, F.silu(h))
+        h = F.silu(self.norm3(x)).flatten(3)  # (B, C, T, H W)
+        return x + self.time(h).reshape(x.shape)
 
 class TransformerBlock(nn.Module):
     """Transformer block with adaptive layer norm, over words and places of all frames together."""
@@ -441,14 +440,14 @@ class TextToVideo(nn.Module):
         self.sentence = nn.Sequential(nn.Linear(length * d, d), nn.SiLU(), nn.Linear(d, d))
         self.place = nn.Parameter(torch.randn(frames, (size // 4) ** 2, d))
         self.gain = nn.Linear(d, d)
-        self.inp = conv(12, channels)
+        self.inp = nn.Conv2d(12, channels, 3, padding=1)
         self.fine = ResBlock(channels, channels, d)
-        self.down = nn.Conv3d(channels, d, (1, 2, 2), (1, 2, 2))
+        self.down = nn.Conv2d(channels, d, 2, 2)
         self.blocks = nn.ModuleList(TransformerBlock(d) for _ in range(layers))
-        self.up = nn.ConvTranspose3d(d, channels, (1, 2, 2), (1, 2, 2))
+        self.up = nn.ConvTranspose2d(d, channels, 2, 2)
         self.last = ResBlock(2 * channels, channels, d)
-        self.norm = group_norm(channels)
-        self.out = conv(channels + 12, 12)
+        self.norm = nn.GroupNorm(8, channels)
+        self.out = nn.Conv2d(channels + 12, 12, 3, padding=1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -466,8 +465,8 @@ class TextToVideo(nn.Module):
             said = self.sentence(c.flatten(1))  # (B, d)
             waves = torch.cat([angle.sin(), angle.cos()], 1)  # (B, d)
             emb = F.silu(self.clock(waves) + said)
-            fine = self.fine(self.inp(x), emb)  # (B, channels, T, H/2, W/2)
-            coarse = self.down(fine)  # (B, d, T, H/4, W/4)
+            fine = self.fine(on_frames(self.inp, x), emb)  # (B, channels, T, H/2, W/2)
+            coarse = on_frames(self.down, fine)  # (B, d, T, H/4, W/4)
             # Ours: the sentence times the place; added alone it says the same to every frame.
             place = self.place * self.gain(F.silu(said))[:, None, None]  # (B, T, H W / 16, d)
             h = coarse.flatten(3).permute(0, 2, 3, 1) + place
@@ -475,10 +474,10 @@ class TextToVideo(nn.Module):
             for block in self.blocks:
                 h = block(h, emb)
             h = h[:, self.length:].transpose(1, 2).reshape(coarse.shape)
-            h = self.last(torch.cat([self.up(h), fine], 1), emb)
+            h = self.last(torch.cat([on_frames(self.up, h), fine], 1), emb)
             # Ours: the input goes into the last layer, too; noise need not pass a narrow network.
             h = torch.cat([F.silu(self.norm(h)), x], 1)
-            h = self.out(h)  # (B, 12, T, H/2, W/2)
+            h = on_frames(self.out, h)  # (B, 12, T, H/2, W/2)
         h = F.pixel_shuffle(h.float().transpose(1, 2), 2).transpose(1, 2)
         guess = like(2 * t - 1, z) / total**2 * z
         return guess + h / total
