@@ -2,12 +2,14 @@
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import common
 import flowmo
@@ -249,6 +251,76 @@ def test_the_network_hears_every_word_and_no_other_sample():
         assert changed[0].abs().max() > 0 and changed[1].abs().max() < 1e-5
 
 
+def shipped():
+    return flowmo.load_model(flowmo.Config(), torch.device("cpu"))[0]
+
+
+def moved_by(net, block, at, other, *inputs):
+    """How far the answer moves if one block alone is given `other` as its input number `at`."""
+    before = net(*inputs)
+
+    def swap(block, given):
+        return tuple(other if k == at else value for k, value in enumerate(given))
+
+    hook = block.register_forward_pre_hook(swap)
+    after = net(*inputs)
+    hook.remove()
+    return ((after - before).std() / before.std()).item()
+
+
+def heard(net, block, at, *inputs):
+    """Input number `at` of a block, as the network gives it."""
+    found = []
+    hook = block.register_forward_pre_hook(lambda block, given: found.append(given[at]))
+    net(*inputs)
+    hook.remove()
+    return found[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("trained", [False, True])
+def test_every_block_hears_the_clock_and_the_sentence(trained):
+    net = shipped() if trained else tiny_network()
+    if not trained:
+        for p in net.parameters():
+            torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(p.numel()))
+    text = torch.zeros(2, net.length, dtype=torch.long)
+    text[:, :5] = torch.tensor([[1, 2, 3, 4, 5], [5, 6, 7, 8, 9]])
+    c, other_c = net.encode(net.embed(text)).split(1)
+    z, t, later = randn(1, *net.shape), torch.tensor([0.7]), torch.tensor([0.5])
+    blocks = [net.fine, *net.blocks, net.last]
+    assert len(blocks) == sum(hasattr(m, "emb") for m in net.modules()) == 2 + len(net.blocks)
+    for block in blocks:
+        emb = heard(net, block, 1, z, later, c)  # the clock has moved, and nothing else
+        assert moved_by(net, block, 1, emb, z, t, c) > 1e-4
+        emb = heard(net, block, 1, z, t, other_c)  # the sentence
+        assert moved_by(net, block, 1, emb, z, t, c) > 1e-4
+        assert moved_by(net, block, 1, heard(net, block, 1, z, t, c), z, t, c) == 0
+    for block in net.blocks:  # and the words beside the places
+        x = heard(net, block, 0, z, t, c).clone()
+        x[:, :net.length] = heard(net, block, 0, z, t, other_c)[:, :net.length]
+        assert moved_by(net, block, 0, x, z, t, c) > 1e-4
+    silu = torch.nn.functional.silu  # the sentence, times the place
+    said = [silu(net.sentence(value.flatten(1))) for value in (c, other_c)]
+    assert moved_by(net, net.gain, 0, said[1], z, t, c) > 1e-4
+    assert moved_by(net, net.gain, 0, said[0], z, t, c) == 0
+
+
+def test_convolutions_over_space_see_no_other_frame():
+    layer = torch.nn.Conv2d(3, 5, 3, padding=1)
+    x = randn(2, 3, 4, 6, 6)
+    got = flowmo.on_frames(layer, x)
+    assert got.shape == (2, 5, 4, 6, 6)
+    weight = layer.weight[:, :, None]  # the same, as one of three dimensions
+    want = torch.nn.functional.conv3d(x, weight, layer.bias, padding=(0, 1, 1))
+    torch.testing.assert_close(got, want)
+    block = flowmo.ResBlock(8, 8, 32)
+    x = randn(2, 8, 4, 6, 6)
+    weight = block.time.weight[..., None]  # (8, 8, 3, 1, 1)
+    want = torch.nn.functional.conv3d(x, weight, block.time.bias, padding=(1, 0, 0))
+    torch.testing.assert_close(block.time(x.flatten(3)).reshape(x.shape), want)
+
+
 def test_amp_and_compile_give_the_same_answers():
     net, low = tiny_network(), tiny_network(amp=True)
     for p, q in zip(net.parameters(), low.parameters()):
@@ -434,6 +506,48 @@ def test_the_model_decides_the_shape_and_a_training_is_not_overwritten(run, mode
     assert content(tmp_path / "o") == before
 
 
+def test_a_prompt_goes_back_to_the_model_that_a_run_trained_or_sampled_from(run, model, tmp_path):
+    other = tmp_path / "other.pt"
+    other.write_bytes(model.read_bytes())
+    assert run(*FEW, "--model", other, "--out_dir", "s", tiny=False)[0] == 0
+    say = ["--prompt", "a red circle", "--steps", 2, "--guided", 1, "--device", "cpu"]
+    status, text, err = run(*say, "--out_dir", "s", tiny=False)
+    assert status == 0 and f"text-to-video model: {other}" in text, err
+    assert "text-to-video model: out/" not in text and (tmp_path / "s/flowmo-prompt.gif").exists()
+    assert run("--out_dir", "t")[0] == 0
+    for more in (say, ["--eval_only"]):
+        status, text, err = run(*more, "--out_dir", "t", tiny=False)
+        assert status == 0 and "text-to-video model: t/ckpt.pt" in text, err
+    status, text, err = run(*say, "--out_dir", "t", "--model", other, tiny=False)
+    assert status == 0 and f"text-to-video model: {other}" in text, err
+    (tmp_path / "t/ckpt.pt").unlink()  # it was stopped before its first save
+    refused(run(*say, "--out_dir", "t", tiny=False), "t/ckpt.pt is not there")
+
+
+def test_the_first_row_pays_for_no_warm_up_and_the_batch_is_a_flag(model, monkeypatch):
+    """The first call of each size, with and without a gradient, takes a second, as if compiled."""
+    cfg = flowmo.Config(steps=2, guided="1", sample_batch=3)
+    net, words = flowmo.load_model(cfg, torch.device("cpu"))
+    seen = set()
+    sizes = []
+
+    def compiled(net, given):
+        key = (len(given[0]), given[0].requires_grad)
+        sizes.append(len(given[0]) // 2)
+        if key not in seen:
+            seen.add(key)
+            clock[0] += 1
+
+    net.register_forward_pre_hook(compiled)
+    clock = [0.0]
+    prompts = ["a red circle"] * 5
+    monkeypatch.setattr(flowmo.time, "perf_counter", lambda: clock[0] + 0.01 * len(sizes))
+    rows, videos = flowmo.compare(cfg, net, words, prompts, flowmo.METHODS)
+    assert max(row["s_per_video"] for row in rows) < 0.1 and len(seen) == 4
+    assert sizes[-6:] == [3, 3, 3, 2, 2, 2] and videos["flowmo"].shape[:2] == (5, 6)
+    assert [row["evaluations"] for row in rows] == [2, 2, 3]
+
+
 def test_a_prompt_becomes_one_gif_and_an_unknown_word_is_named(run, model):
     status, text, err = run("--prompt", "A red circle moving left", "--guided", "3-7", tiny=False)
     assert status == 0 and "wrote out/flowmo-prompt.gif" in text, err
@@ -508,3 +622,116 @@ def test_the_shipped_model_obeys_prompts_and_words_and_says_how_it_was_made():
         found[word] = common.judge(videos, prompts)
     assert found["steady"]["obeyed"].sum() >= 15
     assert found["steady"]["coherent"].sum() >= 12 > found["shaky"]["coherent"].sum() + 2
+
+
+# ---------------------------------------- a GPU, as far as that can be traced without one
+
+class Log:
+    """In place of common.Log, which reads the losses: they lie on the GPU."""
+
+    def __init__(self, *_):
+        self.rows = []
+
+    def add(self, step, **losses):
+        assert all(loss.device.type == "cuda" for loss in losses.values())
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Under FakeTensorMode, tensors on a GPU have shapes and no values; two devices are an error.
+
+    Yields the functions that asked a tensor on it for its value. Not traced are autograd's engine
+    (`autograd.grad`, `backward`), which asks the driver, and what needs a value: the bool of
+    `isfinite().all()`, the count of steps in Adam.
+    """
+    def grad(loss, inputs):
+        assert loss.device.type == "cuda" and loss.requires_grad
+        return torch.empty_like(inputs),
+
+    def backward(loss):
+        assert loss.device.type == "cuda" and loss.requires_grad
+
+    def is_true(x):
+        if x.device.type == "cuda":
+            asked.add(sys._getframe(1).f_code.co_name)
+        return True
+
+    def item(x):
+        assert x.device.type == "cpu"
+        return 1.0
+
+    def to(net, device):
+        for module in net.modules():
+            for name, p in module.named_parameters(recurse=False):
+                value = torch.empty(p.shape, dtype=p.dtype, device=device)
+                module.register_parameter(name, torch.nn.Parameter(value))
+            for name, b in module.named_buffers(recurse=False):
+                module.register_buffer(name, torch.empty(b.shape, dtype=b.dtype, device=device))
+        return net
+
+    asked = set()
+    m = monkeypatch
+    m.setattr(torch.nn.Module, "to", to)  # its own swaps what is used elsewhere, too, and fails
+    m.setattr(torch.autograd, "grad", grad)
+    m.setattr(torch.Tensor, "backward", backward)
+    m.setattr(torch.Tensor, "__bool__", is_true)
+    m.setattr(torch.Tensor, "item", item)
+    m.setattr(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, raising=False)
+    m.setattr(common, "Log", Log)
+    m.setattr(common, "save_checkpoint", lambda *_, **state: None)  # no values to write
+    with FakeTensorMode():
+        yield asked
+
+
+def given(*shapes):
+    """In place of common.prefetched: two steps of such tensors."""
+    def prefetched(draw, start, end, device):
+        for step in (1, 2):
+            yield step, [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
+
+    return prefetched
+
+
+class FakeClips:
+    lengths = [8, 8]
+
+    def __len__(self):
+        return 2
+
+    def frames(self, k, start, stop):
+        return torch.zeros(stop - start, 3, 16, 16, dtype=torch.uint8)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")  # by a copy of the weights
+def test_training_on_a_gpu_meets_no_tensor_on_the_cpu(gpu, monkeypatch, tmp_path):
+    cfg = flowmo.Config(batch=2, width=32, layers=1)
+    video = (2, 3, 8, 16, 16)
+    monkeypatch.setattr(common, "prefetched", given(
+        ((2, 8, 3, 16, 16), torch.uint8), (video, torch.float32), ((2,), torch.float32),
+        ((2, 7), torch.long)))
+    captions = ["a red circle moving left", "a blue bar"]
+    net, words = flowmo.train(cfg, FakeClips(), captions, tmp_path, torch.device("cuda"))
+    assert len(words) == 7 and all(p.device.type == "cuda" for p in net.parameters())
+    assert not gpu
+
+
+def test_the_method_and_sampling_on_a_gpu_meet_no_tensor_on_the_cpu(gpu):
+    z = torch.empty(2, 3, 8, 16, 16, device="cuda")
+    t = torch.empty(2, device="cuda")
+    made = [flowmo.interpolate(z, z, t), flowmo.flow_matching_loss(z, z, z, t),
+            place_variance(z), flowmo_loss(z), as_places(z, 4), *flowmo_step(z, field, 0.1),
+            *random_step(z, field, 0.1, torch.Generator())]
+    assert all(x.device.type == "cuda" for x in made)
+    assert gpu == {"flowmo_step"}  # whether its gradient is finite
+    with pytest.raises(Exception, match="on the same device"):
+        z + torch.empty(16)
+    cfg = flowmo.Config(steps=3, guided="1")
+    net = flowmo.TextToVideo(3, 6, 16, 8, 32, 1).to("cuda").requires_grad_(False)
+    assert net(z, t, net.encode(torch.empty(2, 6, 32, device="cuda"))).device.type == "cuda"
+    rows, videos = flowmo.compare(cfg, net, ["a", "red", "bar"], ["a red bar", "a"], flowmo.METHODS)
+    assert [row["evaluations"] for row in rows] == [3, 3, 4]
+    assert all(video.shape == (2, 8, 3, 16, 16) for video in videos.values())
+    assert gpu == {"flowmo_step"}

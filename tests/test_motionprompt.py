@@ -17,6 +17,7 @@ from common import karras_sigmas, like
 from conftest import ROOT, content, refused
 from motionprompt import (append, as_edm, flow_of_pairs, motion_loss, optimise_tokens, prompted,
                           random_pairs, random_tokens, total_variation)
+from test_flowmo import FakeClips, given, gpu  # noqa: F401
 
 
 def randn(*shape, seed=0):
@@ -425,6 +426,73 @@ def test_without_train_it_samples_with_the_shipped_models_again_and_again(run):
     assert rows[1]["coherent"] == rows[2]["coherent"] and rows[2]["over_words"] == [0, 0, 0]
 
 
+def test_a_prompt_goes_back_to_both_models_of_a_run(run, tmp_path):
+    video, disc = tmp_path / "video.pt", tmp_path / "disc.pt"
+    video.write_bytes(motionprompt.VIDEO_MODEL.read_bytes())
+    disc.write_bytes(motionprompt.SHIPPED.read_bytes())
+    say = ["--prompt", "a red circle", "--steps", 2, "--guided", 1, "--K", 1, "--device", "cpu"]
+    status, _, err = run("--model", video, "--out_dir", "t")
+    assert status == 0, err
+    status, text, err = run(*say, "--out_dir", "t", tiny=False)
+    assert status == 0 and f"text-to-video model: {video}" in text, err
+    assert "discriminator: t/ckpt.pt" in text
+    few = ["--prompts", 2, *say[2:]]
+    assert run(*few, "--model", video, "--disc", disc, "--out_dir", "s", tiny=False)[0] == 0
+    status, text, err = run(*say, "--out_dir", "s", tiny=False)
+    assert status == 0 and f"model: {video}" in text and f"discriminator: {disc}" in text, err
+
+
+def test_preset_small_trains_for_the_shipped_video_model(run):
+    few = ["--preset", "small", "--prompts", 2, "--steps", 2, "--guided", 1, "--fakes", 4]
+    iters = ["--raft_iters", 1, "--disc_iters", 1, "--K", 1, "--pairs", 1]
+    status, text, err = run("--train", *few, *iters, "--device", "cpu", tiny=False)
+    assert status == 0, err
+
+
+def test_a_discriminator_of_another_size_is_told(run, tmp_path, monkeypatch):
+    saved = torch.load(motionprompt.SHIPPED, weights_only=True)
+    saved["disc"] = motionprompt.Discriminator(32).state_dict()
+    torch.save(saved, tmp_path / "large.pt")
+    refused(run("--disc", "large.pt", *FEW, tiny=False), "large.pt is not for clips of 16 pixels")
+
+
+def test_real_clips_are_read_when_they_are_needed_and_only_those(monkeypatch, tmp_path):
+    class Reader:
+        def __len__(self):
+            return 10**6  # more than anybody could hold
+
+        def frames(self, k, start, stop):
+            asked.append(k)
+            return torch.full((stop - start, 3, 16, 16), k % 256, dtype=torch.uint8)
+
+    asked = []
+    cfg = motionprompt.Config(disc_iters=2, noise=0.1)
+    fake = torch.zeros(4, 8, 3, 16, 16, dtype=torch.uint8)
+    raft = motionprompt.TinyRAFT().requires_grad_(False)
+    motionprompt.train_discriminator(cfg, raft, Reader(), fake, tmp_path, torch.device("cpu"))
+    assert len(asked) == 64 and len(set(asked)) > 60 and max(asked) > 10**5
+
+
+def test_the_first_row_pays_for_no_warm_up(monkeypatch):
+    """The first call of each size, with and without a gradient, takes a second, as if compiled."""
+    cfg = motionprompt.Config(steps=2, guided="1", sample_batch=3, K=1)
+    net, words = motionprompt.load_video_model(cfg, torch.device("cpu"))
+    raft, disc = motionprompt.load_disc(cfg, 16, torch.device("cpu"))
+    seen = {}
+
+    def compiled(net, given):
+        key = (len(given[0]), given[2].requires_grad)
+        seen[key] = seen.get(key, 0) + 1
+
+    net.register_forward_pre_hook(compiled)
+    monkeypatch.setattr(
+        motionprompt.time, "perf_counter", lambda: len(seen) + 0.01 * sum(seen.values()))
+    prompts = ["a red circle"] * 5
+    rows, _ = motionprompt.compare(cfg, net, words, raft, disc, prompts, motionprompt.METHODS)
+    assert max(row["s_per_video"] for row in rows) < 0.1
+    assert seen.keys() == {(6, False), (4, False), (3, True), (2, True)}
+
+
 def test_a_prompt_becomes_one_gif_and_unknown_words_are_named(run):
     flags = ["--guided", "1-2", "--steps", 4]
     status, text, err = run("--prompt", "A red circle moving left", *flags, tiny=False)
@@ -477,3 +545,48 @@ def test_the_shipped_raft_sees_motion_and_the_discriminator_tells_steady_from_fl
     phi = torch.stack(logits).mean(0)
     auc = (phi[steady][:, None] > phi[~steady]).float().mean()
     assert auc > 0.75
+
+
+# ---------------------------------------- a GPU, as far as that can be traced without one
+
+def test_training_on_a_gpu_meets_no_tensor_on_the_cpu(gpu, monkeypatch, tmp_path):  # noqa: F811
+    cfg, cuda = motionprompt.Config(), torch.device("cuda")
+    image, flow = ((16, 3, 16, 16), torch.float32), ((16, 2, 16, 16), torch.float32)
+    monkeypatch.setattr(common, "prefetched", given(image, image, flow))
+    raft = motionprompt.train_raft(cfg, (3, 8, 16, 16), tmp_path, cuda)
+    monkeypatch.setattr(common, "prefetched", given(image, image, image, image))
+    fake = torch.empty(4, 8, 3, 16, 16)
+    disc = motionprompt.train_discriminator(cfg, raft, FakeClips(), fake, tmp_path, cuda)
+    for net in (raft, disc):
+        assert all(p.device.type == "cuda" for p in net.parameters())
+    assert not gpu
+
+
+def test_the_method_and_sampling_on_a_gpu_meet_no_tensor_on_the_cpu(gpu, monkeypatch):  # noqa: F811
+    def pairs(batch, frames, count, gap, rng):  # on the CPU, and its shapes depend on values
+        return torch.zeros(2, batch, count, dtype=torch.long).unbind()
+
+    monkeypatch.setattr(motionprompt, "random_pairs", pairs)
+    cuda = torch.device("cuda")
+    x, sigma = torch.empty(2, 3, 8, 16, 16, device=cuda), torch.empty(2, device=cuda)
+    flow, logit = torch.empty(4, 2, 16, 16, device=cuda), torch.empty(4, device=cuda)
+    T, c = torch.empty(2, 1, 32, device=cuda), torch.empty(2, 6, 32, device=cuda)
+    raft = motionprompt.TinyRAFT().to(cuda).requires_grad_(False)
+    disc = motionprompt.Discriminator(16).to(cuda).requires_grad_(False)
+    i, j = pairs(2, 8, 2, 3, None)
+    made = [total_variation(flow), motion_loss(logit, flow, T, T, (1, 1, 1)), disc(flow),
+            flow_of_pairs(x, i, j, torch.nn.Identity(), motionprompt.estimator(raft)),
+            append(c, T, torch.ones(2, dtype=torch.long, device=cuda))]
+    assert all(value.device.type == "cuda" for value in made) and not gpu
+    net = motionprompt.TextToVideo(4, 6, 16, 8, 32, 1).to(cuda).requires_grad_(False)
+    D = as_edm(net)
+    assert D(x, sigma, c).device.type == prompted(D, c[:1], 2.0)(x, sigma, c).device.type == "cuda"
+    assert motionprompt.euler_step(D, x, sigma, 0.5, c).device.type == "cuda"
+    cfg = motionprompt.Config(steps=3, guided="1")
+    rows, videos = motionprompt.compare(
+        cfg, net, ["a", "red", "bar", "authentic"], raft, disc, ["a red bar", "a"],
+        motionprompt.METHODS)
+    assert [row["evaluations"] for row in rows] == [3, 3, 6, 3]
+    assert all(video.shape == (2, 8, 3, 16, 16) for video in videos.values())
+    # Whether tokens and video are finite; optimise_tokens has its optimizer's line in torch, too.
+    assert gpu == {"optimise_tokens", "motionprompt"}
