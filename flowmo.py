@@ -28,7 +28,7 @@ FlowMo. It prints how many clips move as one thing, which tracking the shape tel
 import math
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 # Before torch: threads that wait must sleep, or a busy neighbour makes training 100 times slower.
@@ -420,51 +420,51 @@ def load_model(cfg, device):
 METHODS = {"base": "no guidance", "random": "random step", "flowmo": "FlowMo"}
 
 @torch.no_grad()
-def generate(cfg, net, words, prompts, noise, method):
-    """One video of each prompt from noise (N, 3, T, H, W), by a method of METHODS.
+def compare(cfg, net, words, prompts, methods):
+    """One video of each prompt by every method, all from the same noise.
 
-    Returns uint8 (N, T, 3, H, W), evaluations and seconds for each video (a gradient takes about
-    two more).
+    Returns rows and {method: uint8 (N, T, 3, H, W)}. Evaluations and seconds are of one video; the
+    gradient of a guided step takes about two evaluations more.
     """
-    text = common.to_indices(prompts, words, net.length).to(noise.device)
+    device = net.mean.device
+    shape = (len(prompts), *net.shape)
+    noise = torch.randn(shape, generator=make_rng(cfg.seed, 3, 0)).to(device)
+    text = common.to_indices(prompts, words, net.length).to(device)
     c_0 = net.encode(net.embed(0 * text[:1]))
-    rng = make_rng(cfg.seed, 4, 0)
     times = time_grid(cfg.steps)
+    size = cfg.sample_batch
+    starts = range(0, len(prompts), size)
+    if cfg.compile:
+        net.compile()
 
     def loss(u):
         return flowmo_loss(as_places(u, PLACE))
 
-    def guide(z, velocity):
-        if method == "random":
-            return random_step(z, velocity, cfg.eta, rng)
-        return flowmo_step(z, velocity, cfg.eta, loss)
+    def one_batch(a, method, times, guided, rng):
+        def guide(z, velocity):
+            if method == "random":
+                return random_step(z, velocity, cfg.eta, rng)
+            return flowmo_step(z, velocity, cfg.eta, loss)
 
-    guided = set() if method == "base" else common.guided_steps(cfg)
-    size = cfg.sample_batch
-    made = []
-    began = time.perf_counter()
-    for a in tqdm(range(0, len(noise), size), f"sampling, {METHODS[method]}", leave=False):
         c = net.encode(net.embed(text[a:a + size]))
         velocity = common.counted(prompted(net, c, c_0, cfg.guidance_scale))
         z = sample(velocity, noise[a:a + size], times, guide, guided)
-        made.append(to_uint8(z * net.std + net.mean).transpose(1, 2))
-    seconds = (time.perf_counter() - began) / len(noise)
-    return torch.cat(made), velocity.calls, seconds
+        return to_uint8(z * net.std + net.mean).transpose(1, 2), velocity.calls
 
-def compare(cfg, net, words, prompts, methods):
-    """The same prompts and noise by every method. Returns rows and {method: videos}."""
-    shape = (len(prompts), *net.shape)
-    noise = torch.randn(shape, generator=make_rng(cfg.seed, 3, 0)).to(net.mean.device)
-    if cfg.compile:
-        net.compile()
-    # Once untimed, a batch and a rest as below: the first calls wake the device, or compile.
-    some = cfg.sample_batch + len(prompts) % cfg.sample_batch
-    short = replace(cfg, steps=1, guided="0")
-    generate(short, net, words, prompts[:some], noise[:some], "flowmo")
+    for a in {starts[0], starts[-1]}:  # once untimed: it compiles, and wakes the device
+        one_batch(a, "flowmo", times[:2], {0}, None)
     rows = []
     videos = {}
     for method in methods:
-        videos[method], calls, seconds = generate(cfg, net, words, prompts, noise, method)
+        guided = set() if method == "base" else common.guided_steps(cfg)
+        rng = make_rng(cfg.seed, 4, 0)
+        made = []
+        began = time.perf_counter()
+        for a in tqdm(starts, f"sampling, {METHODS[method]}", leave=False):
+            video, calls = one_batch(a, method, times, guided, rng)
+            made.append(video)
+        seconds = (time.perf_counter() - began) / len(prompts)
+        videos[method] = torch.cat(made)
         rows.append(dict(method=METHODS[method], seed=cfg.seed, prompts=len(prompts),
                          evaluations=calls, s_per_video=seconds))
         rows[-1]["cost_ratio"] = seconds / rows[0]["s_per_video"]

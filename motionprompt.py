@@ -687,47 +687,44 @@ METHODS = {"base": "no token", "words": "the word", "motionprompt": "MotionPromp
 def levels(cfg):
     return common.karras_sigmas(cfg.steps, low=0.02)  # noise of 0.02 nobody sees
 
-def generate(cfg, net, words, raft, disc, prompts, noise, method, paths):
-    """One video of each prompt from noise (N, 3, T, H, W), by a method of METHODS.
+def compare(cfg, net, words, raft, disc, prompts, methods, use=3):
+    """One video of each prompt by every method, all from the same noise, which is that of `use`.
 
-    Returns uint8 (N, T, 3, H, W), evaluations and seconds for each video (a gradient takes about
-    two more). paths: of the tokens of every batch; "motionprompt" adds to it, "random" needs it.
+    Returns rows and {method: uint8 (N, T, 3, H, W)}. Evaluations and seconds are of one video; a
+    gradient takes about two evaluations more. "random" needs "motionprompt" before it.
     """
+    device = net.mean.device
+    shape = (len(prompts), *net.shape)
+    noise = torch.randn(shape, generator=make_rng(cfg.seed, use, 0)).to(device)
     n = len(common.split_words(cfg.tokens))
-    start = common.to_indices([cfg.tokens], words, n).to(noise.device)
-    text = common.to_indices(prompts, words, net.length - n).to(noise.device)
+    start = common.to_indices([cfg.tokens], words, n).to(device)
+    text = common.to_indices(prompts, words, net.length - n).to(device)
     text = F.pad(text, (0, n))  # (N, L): room for the tokens
     ends = (text > 0).sum(1)  # (N,): how many words
-    sigmas = levels(cfg)
-    guided = common.guided_steps(cfg) if method != "base" else set()
-    K = cfg.K if method == "motionprompt" else 0
-    lambdas = (cfg.lambda1, cfg.lambda2, cfg.lambda3)
-    estimate = estimator(raft)
-    rng = make_rng(cfg.seed, 8, 0)
     with torch.no_grad():
         c_0 = net.encode(net.embed(0 * text[:1]))
         T0 = net.embed(start)  # (1, n, d)
+    sigmas = levels(cfg)
+    lambdas = (cfg.lambda1, cfg.lambda2, cfg.lambda3)
+    estimate = estimator(raft)
+    size = cfg.sample_batch
+    starts = range(0, len(prompts), size)
+    paths = {}  # of the tokens of every batch
 
     def decode(video):  # stands where a latent model has its VAE
         return video * net.std + net.mean
 
-    def loss(D, T):
-        i, j = random_pairs(len(D), D.shape[2], cfg.pairs, cfg.gap, rng)
-        flow = flow_of_pairs(D, i, j, decode, estimate)
-        return motion_loss(disc(flow), flow, T, T0, lambdas)
-
-    size = cfg.sample_batch
-    made = []
-    began = time.perf_counter()
-    for a in tqdm(range(0, len(noise), size), f"sampling, {METHODS[method]}", leave=False):
-        some = text[a:a + size]
-        some_ends = ends[a:a + size]
-
+    def one_batch(a, method, sigmas, guided, rng):
         def encode(tokens):
-            prompt = net.embed(some)
+            prompt = net.embed(text[a:a + size])
             if tokens is not None:
-                prompt = append(prompt, tokens, some_ends)
+                prompt = append(prompt, tokens, ends[a:a + size])
             return net.encode(prompt)
+
+        def loss(D, T):
+            i, j = random_pairs(len(D), D.shape[2], cfg.pairs, cfg.gap, rng)
+            flow = flow_of_pairs(D, i, j, decode, estimate)
+            return motion_loss(disc(flow), flow, T, T0, lambdas)
 
         inner = common.counted(as_edm(net))
         denoise = common.counted(as_edm(net))
@@ -736,30 +733,28 @@ def generate(cfg, net, words, raft, disc, prompts, noise, method, paths):
         x = sigmas[0] * noise[a:a + size]
         T = T0.expand(len(x), -1, -1)
         if method == "random":
-            x = random_tokens(denoise, encode, T, paths[a // size], x, sigmas, rng)
+            x = random_tokens(denoise, encode, T, paths[a], x, sigmas, rng)
         else:
-            x, path = motionprompt(
+            K = cfg.K if method == "motionprompt" else 0
+            x, paths[a] = motionprompt(
                 denoise, inner, encode, T, x, sigmas, guided, loss, K, cfg.token_lr)
-        if method == "motionprompt":
-            paths.append(path)
-        made.append(to_uint8(decode(x)).transpose(1, 2))
-    seconds = (time.perf_counter() - began) / len(noise)
-    return torch.cat(made), denoise.calls + inner.calls, seconds
+        return to_uint8(decode(x)).transpose(1, 2), denoise.calls + inner.calls
 
-def compare(cfg, net, words, raft, disc, prompts, methods):
-    """The same prompts and noise by every method. Returns rows and {method: videos}."""
-    shape = (len(prompts), *net.shape)
-    noise = torch.randn(shape, generator=make_rng(cfg.seed, 3, 0)).to(net.mean.device)
-    # Once untimed, a batch and a rest as below: the first calls wake the device, or compile.
-    some = cfg.sample_batch + len(prompts) % cfg.sample_batch
-    short = replace(cfg, steps=1, guided="0")
-    generate(short, net, words, raft, disc, prompts[:some], noise[:some], "motionprompt", [])
+    for a in {starts[0], starts[-1]}:  # once untimed: it compiles, and wakes the device
+        for method in methods:
+            one_batch(a, method, sigmas[:2], {0}, make_rng(cfg.seed, 8, 0))
     rows = []
     videos = {}
-    paths = []
     for method in methods:
-        videos[method], calls, seconds = generate(
-            cfg, net, words, raft, disc, prompts, noise, method, paths)
+        guided = set() if method == "base" else common.guided_steps(cfg)
+        rng = make_rng(cfg.seed, 8, 0)
+        made = []
+        began = time.perf_counter()
+        for a in tqdm(starts, f"sampling, {METHODS[method]}", leave=False):
+            video, calls = one_batch(a, method, sigmas, guided, rng)
+            made.append(video)
+        seconds = (time.perf_counter() - began) / len(prompts)
+        videos[method] = torch.cat(made)
         rows.append(dict(method=METHODS[method], seed=cfg.seed, prompts=len(prompts),
                          evaluations=calls, s_per_video=seconds))
         rows[-1]["cost_ratio"] = seconds / rows[0]["s_per_video"]
@@ -819,11 +814,10 @@ def main():
     if trains:
         raft = train_raft(cfg, net.shape, out, device)
         prompts = [captions[k % len(captions)] for k in range(cfg.fakes)]
-        noise = torch.randn((cfg.fakes, *net.shape), generator=make_rng(cfg.seed, 7, 0)).to(device)
         # Without guidance: such clips have more of the faults that are to be known. Paper silent.
-        unguided = replace(cfg, guidance_scale=1.0)
-        fake = generate(unguided, net, words, None, None, prompts, noise, "base", [])[0]
-        disc = train_discriminator(cfg, raft, train_clips, fake, out, device)
+        unguided = replace(cfg, guidance_scale=1.0, tokens="")
+        _, fakes = compare(unguided, net, words, raft, None, prompts, ["base"], use=7)
+        disc = train_discriminator(cfg, raft, train_clips, fakes["base"], out, device)
     prompts = [test_captions[k % len(test_captions)] for k in range(cfg.prompts)]
     rows, videos = compare(cfg, net, words, raft, disc, prompts, METHODS)
     if source == "procedural":

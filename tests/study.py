@@ -956,7 +956,7 @@ def flowmo_variant(cfg, method, z, t, velocity):
 
 @torch.no_grad()
 def sample_variant(cfg, net, words, prompts, noise, method):
-    """As flowmo.generate, for what only the study has."""
+    """As by_flowmo, for what only the study has."""
     guided = common.guided_steps(cfg)
     if method == "all steps":
         guided = set(range(cfg.steps))
@@ -990,6 +990,12 @@ def sample_variant(cfg, net, words, prompts, noise, method):
     return torch.cat(made), u.calls, (time.perf_counter() - began) / len(noise)
 
 
+def by_flowmo(*given):
+    """Videos, evaluations and seconds a video, by the last of `given`, a method of the script."""
+    rows, videos = flowmo.compare(*given[:-1], [given[-1]])
+    return videos[given[-1]], rows[0]["evaluations"], rows[0]["s_per_video"]
+
+
 def flowmo_rows(args):
     """FlowMo: base, random, flowmo, of the script; mean, variants; + WORD: a word (runs)."""
     cfg, net, words, prompts, noise = video_model(args)
@@ -1000,10 +1006,10 @@ def flowmo_rows(args):
     made = dict(prompts=prompts)
     for method in args.runs or ["base", "random", "flowmo", "mean"]:
         if method in flowmo.METHODS:
-            made[method] = flowmo.generate(cfg, net, words, prompts, noise, method)
+            made[method] = by_flowmo(cfg, net, words, prompts, method)
         elif method.startswith("+ "):
             said = [f"{prompt}, {method[2:]}" for prompt in prompts]
-            made[method] = flowmo.generate(cfg, net, words, said, noise, "base")
+            made[method] = by_flowmo(cfg, net, words, said, "base")
         else:
             made[method] = sample_variant(cfg, net, words, prompts, noise, method)
     save_rows(args, made)
@@ -1058,7 +1064,7 @@ VARIANTS = {  # of MotionPrompt: what differs from the script's settings
 def latent_guidance(cfg, net, words, raft, disc, prompts, noise, eta=0.05):
     """What the paper argues against: the same loss, but K steps on the latent x itself.
 
-    A step has the root mean square eta sigma in every video. Returns as motionprompt.generate.
+    A step has the root mean square eta sigma in every video. Returns as by_motionprompt.
     """
     text = common.to_indices(prompts, words, net.length)
     sigmas = motionprompt.levels(cfg)
@@ -1093,17 +1099,25 @@ def latent_guidance(cfg, net, words, raft, disc, prompts, noise, eta=0.05):
     return torch.cat(made), calls, (time.perf_counter() - began) / len(noise)
 
 
+def by_motionprompt(*given):
+    """Videos, evaluations and seconds a video by each of the last of `given`, methods."""
+    rows, videos = motionprompt.compare(*given)
+    return {method: (videos[method], row["evaluations"], row["s_per_video"])
+            for method, row in zip(given[-1], rows)}
+
+
 def motionprompt_rows(args):
     """MotionPrompt: base, words, motionprompt, random; VARIANTS; latent; + WORD (runs)."""
     _, net, words, prompts, noise = video_model(args)
     cfg, raft, disc = disc_of(args, net.shape[-1])
     made = dict(prompts=prompts)
-    paths = []
-    for method in args.runs or ["base", "words", "motionprompt", "random"]:
+    runs = args.runs or list(motionprompt.METHODS)
+    made |= by_motionprompt(cfg, net, words, raft, disc, prompts,
+                            [method for method in runs if method in motionprompt.METHODS])
+    for method in runs:
         if method in motionprompt.METHODS:
-            made[method] = motionprompt.generate(
-                cfg, net, words, raft, disc, prompts, noise, method, paths)
-        elif method == "latent":
+            continue
+        if method == "latent":
             made[method] = latent_guidance(cfg, net, words, raft, disc, prompts, noise)
         else:
             if method.startswith("+ "):
@@ -1112,8 +1126,8 @@ def motionprompt_rows(args):
             else:
                 other = replace(cfg, **VARIANTS[method])
                 kind = "motionprompt"
-            made[method] = motionprompt.generate(
-                other, net, words, raft, disc, prompts, noise, kind, [])
+            found = by_motionprompt(other, net, words, raft, disc, prompts, [kind])
+            made[method] = found[kind]
     save_rows(args, made)
 
 
@@ -1182,15 +1196,15 @@ def motionprompt_words(args):
     _, frames, size, _ = net.shape
     cfg, raft, disc = disc_of(args, size)
     sigmas = motionprompt.levels(cfg)
-    base = motionprompt.generate(cfg, net, words, raft, disc, prompts, noise, "base", [])[0]
+    given = (net, words, raft, disc, prompts)
+    base = motionprompt.compare(cfg, *given, ["base"])[1]["base"]
     base = common.judge(base, prompts)["coherent"]
     windows = [(k, k + 1) for k in range(0, cfg.steps - 1, 2)]
     gains = {}
     for word in ("steady", "shaky"):
         for first, last in windows:
             other = replace(cfg, tokens=word, guided=f"{first}-{last}")
-            video = motionprompt.generate(
-                other, net, words, raft, disc, prompts, noise, "words", [])[0]
+            video = motionprompt.compare(other, *given, ["words"])[1]["words"]
             apart = common.judge(video, prompts)["coherent"] - base
             gains[word, first] = common.bootstrap(apart)
 
@@ -1313,11 +1327,11 @@ def first_picture(args):
     args.clips = 48
     mo, net, words, prompts, noise = video_model(args)
     mp, raft, disc = disc_of(args, net.shape[-1])
-    plain = flowmo.generate(mo, net, words, prompts, noise, "base")[0]
-    guided = flowmo.generate(mo, net, words, prompts, noise, "flowmo")[0]
-    plain_edm, guided_edm = [
-        motionprompt.generate(mp, net, words, raft, disc, prompts, noise, method, [])[0]
-        for method in ("base", "motionprompt")]
+    _, videos = flowmo.compare(mo, net, words, prompts, ["base", "flowmo"])
+    plain, guided = videos.values()
+    _, videos = motionprompt.compare(
+        mp, net, words, raft, disc, prompts, ["base", "motionprompt"])
+    plain_edm, guided_edm = videos.values()
     for name, before, after in (("base / FlowMo", plain, guided),
                                 ("base / MotionPrompt", plain_edm, guided_edm)):
         was = common.judge(before, prompts)["coherent"]
