@@ -1,8 +1,8 @@
 """FlowMo (Shaulov, Hazan, Wolf and Chefer, NeurIPS 2025), https://arxiv.org/abs/2506.01144
 
-A text-to-video model's own prediction tells how restless the motion will be: the difference between
-the predictions of neighbouring frames should vary little over time. FlowMo moves the noisy video,
-in early steps of sampling, so that it varies less at the worst place. Nothing is trained.
+A text-to-video model's own prediction tells how restless the motion will be: what differs between
+neighbouring frames of it should vary little over time. FlowMo moves the noisy video, in early steps
+of sampling, so that it varies less at the worst place. Nothing is trained.
 
     Eq. 1   flow matching   z_t = (1 - t) z_1 + t z_0,  u(z_t, t) -> z_0 - z_1
                             z_0: noise, at t = 1; z_1: the video, at t = 0
@@ -137,11 +137,10 @@ def flowmo_step(z, velocity, eta, loss=flowmo_loss):
     """What comes before a guided step of the sampler: the moved z, and u there.
 
     FlowMo, Algorithm 1, lines 1 to 12. z (B, ...), best in float32: in bfloat16 an eta of 0.005
-    is less than the type can tell. velocity(z) -> u like z, noise less video, with guidance by
-    text; freeze its weights, and let no no_grad be in it. loss(u) -> (B,).
-    Works under no_grad, and returns no graph. A solver that goes back to an earlier z, as Wan's
-    UniPC, undoes the step. Raises RuntimeError under inference_mode, FloatingPointError if the
-    gradient is not finite.
+    is less than the type can tell. velocity(z) -> u like z, noise less video, with guidance; freeze
+    its weights, and let no no_grad be in it. loss(u) -> (B,). Works under no_grad, and returns no
+    graph. A solver that goes back to an earlier z, as Wan's UniPC, undoes the step. Raises
+    RuntimeError under inference_mode, FloatingPointError if the gradient is not finite.
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("FlowMo needs a gradient: use torch.no_grad(), not inference_mode()")
@@ -321,7 +320,7 @@ def build(cfg, words, length):
 # ---------------------------------------- train
 
 def move_last_word(text, rng):
-    """The last word moves by up to SPARE places, so that places behind a caption get a meaning."""
+    """The last word moves by up to SPARE places: so places behind a caption get a meaning."""
     rows = torch.arange(len(text))
     last = (text > 0).sum(1).clamp(min=1) - 1  # (B,)
     moved = text.clone()
@@ -337,8 +336,8 @@ def train(cfg, clips, captions, out, device):
     text = common.to_indices(captions, words, length)  # (N, L)
     torch.manual_seed(cfg.seed)
     net = build(cfg, words, length).to(device)
-    some = torch.cat([clips.frames(k, 0, cfg.frames) for k in range(min(500, len(clips)))])
-    some = to_float(some)
+    some = [clips.frames(k, 0, cfg.frames) for k in range(min(500, len(clips)))]
+    some = to_float(torch.cat(some))
     net.mean.fill_(some.mean())
     net.std.fill_(some.std())
     average = AveragedModel(net, multi_avg_fn=common.ema_decay(cfg.ema))
@@ -368,8 +367,8 @@ def train(cfg, clips, captions, out, device):
         said = stays * move_last_word(text[clip], make_rng(cfg.seed, 2, step))  # (B, L)
         return frames, z_0, t, said
 
-    for step, drawn in common.prefetched(draw, saved["step"], cfg.iters, device):
-        frames, z_0, t, said = drawn
+    loader = common.prefetched(draw, saved["step"], cfg.iters, device)
+    for step, (frames, z_0, t, said) in loader:
         z_1 = (to_float(frames).transpose(1, 2) - net.mean) / net.std  # (B, 3, T, H, W)
         z = interpolate(z_1, z_0, t)
         c = net.encode(net.embed(said))
@@ -520,8 +519,8 @@ def main():
     rows, videos = compare(cfg, net, words, prompts, METHODS)
     if source == "procedural":
         scores = common.score(videos, prompts, ("base", "random"))
-        for method, row in zip(METHODS, rows):
-            row.update(scores[method])
+        for row, score in zip(rows, scores.values()):
+            row.update(score)
     dataset = dict(name=cfg.dataset, source=source, clips=[len(train_clips), len(test_clips)])
     common.write_results(out, "flowmo", cfg, device, dataset, rows, began)
     shown = {"without": videos["base"], "FlowMo": videos["flowmo"]}

@@ -10,14 +10,14 @@ discriminator like flow of real video. No weight of the video model changes, nor
     loss       l = lambda1 log(1 - phi(f)) + lambda2 TV(f) + lambda3 || T - T0 ||^2
                phi: the discriminator's probability that f is of real video, a sigmoid of its logit;
                means over the pairs of frames; TV of means over pixels
-    optimise   T <- Adam(dl / dT), K times, through D_P = D(x; sigma, c(T)); then a step of the
-               sampler through D_0 + w (D_P - D_0): classifier-free guidance (CFG), with D_0 of an
-               empty prompt
+    optimise   T <- Adam(dl / dT), K times, through D_P = D(x; sigma, c(T))
+    sample     a step through D_0 + w (D_P - D_0), D_0 of an empty prompt: classifier-free
+               guidance (CFG)
     window     only at levels of noise in between; the other steps have the plain prompt
 
-The paper was not at hand: the equations come from notes on it, their numbers are unknown, and what
-they leave open is marked "paper silent". The video model is that of flowmo.py, which is trained as
-flow matching and read here as EDM's denoiser:
+The paper was not at hand: the equations come from notes on it, without their numbers, and what they
+leave open is marked "paper silent". The video model is that of flowmo.py, trained as flow matching
+and read here as EDM's denoiser:
 
     t = sigma / (1 + sigma)     z = x / (1 + sigma)     D(x; sigma) = z - t u(z, t)
 
@@ -26,8 +26,7 @@ flow matching and read here as EDM's denoiser:
     python motionprompt.py --train --preset tiny              # RAFT and discriminator anew
 
 The first samples prompts from the same noise without a token, with the word, with MotionPrompt, and
-with tokens moved as far at random, and prints how many clips move as one thing, which tracking the
-shape tells.
+with tokens moved as far at random. It prints how many clips move as one thing, which tracking tells.
 """
 import math
 import os
@@ -80,7 +79,7 @@ class Config:
     lambda2: float = opt(0.1, "weight of the total variation, a mean", 0, 10**6, free=True)
     lambda3: float = opt(0.001, "weight of the distance from T0", 0, 10**6, free=True)
     pairs: int = opt(2, "pairs of frames an optimisation step", 1, 256, free=True)
-    gap: int = opt(3, "how far apart the two frames of a pair are, at most", 1, 255)
+    gap: int = opt(3, "--train: how far apart two frames of a pair are, at most", 1, 255)
     raft_iters: int = opt(1200, "--train: steps of the tiny RAFT", 1, 10**8)
     disc_iters: int = opt(2000, "--train: steps of the discriminator", 1, 10**8)
     fakes: int = opt(1000, "--train: clips to generate for it", 4, 10**6)
@@ -643,14 +642,19 @@ def train_discriminator(cfg, raft, real, fake, out, device):
 
 # ---------------------------------------- load
 
+def load_finished(path, script, steps):
+    saved = common.load_checkpoint(path, script)
+    asked = saved["config"][steps]
+    if saved["step"] != asked:
+        raise Fault(f"{path} has {saved['step']} of {asked} steps of training: {script}.py "
+                    "--resume makes the others")
+    return saved
+
 def load_video_model(cfg, device):
     """The text-to-video model of flowmo.py and its words. Raises Fault."""
     path = Path(cfg.model or VIDEO_MODEL).expanduser()
-    saved = common.load_checkpoint(path, "flowmo")
+    saved = load_finished(path, "flowmo", "iters")
     made = saved["config"]
-    if saved["step"] != made["iters"]:
-        raise Fault(f"{path} has {saved['step']} of {made['iters']} steps of training: "
-                    "flowmo.py --resume makes the others")
     net = TextToVideo(len(saved["words"]), saved["length"], made["size"], made["frames"],
                       made["width"], made["layers"], cfg.amp)
     net.load_state_dict(saved["model"])
@@ -660,12 +664,8 @@ def load_video_model(cfg, device):
 def load_disc(cfg, size, device):
     """The flow estimator and the discriminator, whose gap goes into cfg. Raises Fault."""
     path = Path(cfg.disc or SHIPPED).expanduser()
-    saved = common.load_checkpoint(path, "motionprompt")
-    made = saved["config"]
-    if saved["step"] != made["disc_iters"]:
-        raise Fault(f"{path} has {saved['step']} of {made['disc_iters']} steps of training: "
-                    "--resume makes the others")
-    cfg.gap = made["gap"]
+    saved = load_finished(path, "motionprompt", "disc_iters")
+    cfg.gap = saved["config"]["gap"]
     raft = TinyRAFT()
     raft.load_state_dict(saved["raft"])
     disc = Discriminator(size)
@@ -822,8 +822,8 @@ def main():
     rows, videos = compare(cfg, net, words, raft, disc, prompts, METHODS)
     if source == "procedural":
         scores = common.score(videos, prompts, ("base", "words", "random"))
-        for method, row in zip(METHODS, rows):
-            row.update(scores[method])
+        for row, score in zip(rows, scores.values()):
+            row.update(score)
     dataset = dict(name=cfg.dataset, source=source, clips=[len(train_clips), len(test_clips)])
     common.write_results(out, "motionprompt", cfg, device, dataset, rows, began)
     shown = {"without": videos["base"], "MotionPrompt": videos["motionprompt"]}
