@@ -26,7 +26,7 @@ and read here as EDM's denoiser:
     python motionprompt.py --train --preset tiny              # RAFT and discriminator anew
 
 The first samples prompts from the same noise without a token, with the word, with MotionPrompt, and
-with tokens moved as far at random. It prints how many clips move as one thing, which tracking tells.
+with tokens moved as far at random. It prints how many clips move as one thing, told by tracking.
 """
 import math
 import os
@@ -79,7 +79,7 @@ class Config:
     lambda2: float = opt(0.1, "weight of the total variation, a mean", 0, 10**6, free=True)
     lambda3: float = opt(0.001, "weight of the distance from T0", 0, 10**6, free=True)
     pairs: int = opt(2, "pairs of frames an optimisation step", 1, 256, free=True)
-    gap: int = opt(3, "--train: how far apart two frames of a pair are, at most", 1, 255)
+    gap: int = opt(3, "--train: at most so far apart are the two frames of a pair", 1, 255)
     raft_iters: int = opt(1200, "--train: steps of the tiny RAFT", 1, 10**8)
     disc_iters: int = opt(2000, "--train: steps of the discriminator", 1, 10**8)
     fakes: int = opt(1000, "--train: clips to generate for it", 4, 10**6)
@@ -530,7 +530,7 @@ def flow_pair(cfg, frames, size, rng):
     return clip["video"][t], clip["video"][t + 1], clip["flow"][t]
 
 def train_raft(cfg, shape, out, device):
-    """The tiny RAFT for videos of `shape`, on exact flow of two worlds; half the steps are noisy."""
+    """The tiny RAFT for videos of `shape`, on exact flow of two worlds, half of it noisy."""
     _, frames, size, _ = shape
     torch.manual_seed(cfg.seed + 1)
     raft = TinyRAFT().to(device)

@@ -494,8 +494,7 @@ def test_without_train_it_samples_from_the_shipped_model_again_and_again(run, mo
 
 
 def test_the_model_decides_the_shape_and_a_training_is_not_overwritten(run, model, tmp_path):
-    status, text, err = run("--frames", 5, "--width", 64, "--prompts", 2, "--steps", 2, "--guided", 1,
-                            "--device", "cpu", "--out_dir", "s", tiny=False)
+    status, text, err = run("--frames", 5, "--width", 64, *FEW, "--out_dir", "s", tiny=False)
     assert status == 0 and "6 frames of 16 pixels" in text, err
     used = json.loads(Path("s/config.json").read_text())["config"]
     assert (used["frames"], used["width"], used["layers"]) == (6, 32, 1)
