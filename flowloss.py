@@ -246,9 +246,9 @@ class Encoder(nn.Module):
 class TinyRAFT(nn.Module):
     """RAFT (Teed and Deng, ECCV 2020), small: stride 2, two levels, radius 3, a ConvGRU.
 
-    image1, image2 (N, 3, H, W) in [-1, 1], H and W even, 24 px and up -> flow (N, 2, H, W) in
-    pixels; every=True: of every update. Images above 48 px are made smaller by powers of two
-    first, and their flow larger after.
+    image1, image2 (N, 3, H, W) in [-1, 1], of 24 px and up -> flow (N, 2, H, W) in pixels;
+    every=True: of every update. Images above 50 px are made smaller by a power of two first, their
+    last row and column repeated until it divides them, and their flow larger after.
 
     detach: RAFT cuts the gradient through the lookup's place between updates. That trains well,
     but then autograd's gradient to the images is not that of the output (the test compares finite
@@ -270,11 +270,14 @@ class TinyRAFT(nn.Module):
         self.mask = nn.Conv2d(hidden, 36, 1)
 
     def forward(self, image1, image2, updates=2, detach=False, every=False):
-        size = image1.shape[-2:]
-        halvings = max(0, math.ceil(math.log2(max(size) / 48)))  # all pairs cost size^4
-        shrink = math.gcd(2**halvings, size[0] // 2, size[1] // 2)  # what is left must be even
-        image1 = F.avg_pool2d(image1, shrink)
-        image2 = F.avg_pool2d(image2, shrink)
+        height, width = image1.shape[-2:]
+        shrink = 1
+        while max(height, width) > 50 * shrink:  # all pairs cost size^4
+            shrink *= 2
+        fold = 2 * shrink  # what is left must be even
+        pad = (0, -width % fold, 0, -height % fold)  # right and below: no place moves
+        image1 = F.avg_pool2d(F.pad(image1, pad, mode="replicate"), shrink)
+        image2 = F.avg_pool2d(F.pad(image2, pad, mode="replicate"), shrink)
 
         features = self.features(torch.cat([image1, image2]))
         a, b = F.instance_norm(features).chunk(2)  # else correlations start near 0
@@ -303,7 +306,8 @@ class TinyRAFT(nn.Module):
             flow = flow + self.head2(F.relu(self.head1(net)))
             if every or update == updates - 1:
                 fine = upsample(flow, self.mask(net))
-                flows.append(shrink * F.interpolate(fine, size, mode="bilinear"))
+                large = F.interpolate(fine, scale_factor=float(shrink), mode="bilinear")
+                flows.append(shrink * large[..., :height, :width])
         return flows if every else flows[-1]
 
 # ---------------------------------------- network

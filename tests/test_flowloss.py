@@ -297,21 +297,44 @@ def test_without_the_cut_autograd_is_the_gradient_of_the_flow_and_with_it_it_is_
     assert abs(slopes[1] - finite) > 0.05 * abs(finite)
 
 
-def test_the_raft_works_from_24_pixels_up_and_depends_on_no_other_sample(monkeypatch):
+@pytest.mark.parametrize("height, width", [
+    (24, 24), (31, 33), (50, 50), (64, 64), (98, 98), (100, 100), (51, 130), (202, 25)])
+def test_the_raft_works_at_any_size_and_depends_on_no_other_sample(height, width, monkeypatch):
     raft, coarse, upsample = TinyRAFT().eval(), [], flowloss.upsample
 
     def noted(flow, mask):
-        coarse.append(2 * flow.shape[-1])
+        coarse.append(2 * max(flow.shape[-2:]))
         return upsample(flow, mask)
 
     monkeypatch.setattr(flowloss, "upsample", noted)
-    for size in (24, 30, 64, 100):
-        a, b = randn(3, 3, size, size), randn(3, 3, size, size, seed=1)
-        flow = raft(a, b)
-        assert size % coarse[-1] == 0  # by a whole factor, or flow would lie askew
-        assert flow.shape == (3, 2, size, size) and flow.isfinite().all()
-        torch.testing.assert_close(raft(a[1:2], b[1:2]), flow[1:2], rtol=1e-4, atol=1e-4)
+    a, b = randn(3, 3, height, width), randn(3, 3, height, width, seed=1)
+    flow = raft(a, b)
+    assert coarse[-1] <= 52  # or it would cost too much
+    assert flow.shape == (3, 2, height, width) and flow.isfinite().all()
+    torch.testing.assert_close(raft(a[1:2], b[1:2]), flow[1:2], rtol=1e-4, atol=1e-4)
     assert len(raft(a, b, updates=3, every=True)) == 3
+
+
+def test_the_raft_is_as_good_at_a_size_that_nothing_divides():
+    raft, _, _ = flowloss.load_model(flowloss.SHIPPED, "cpu")
+
+    def error(height, width):
+        """Of flow, in flow's own length, cut from the middle of a square one."""
+        shares = []
+        for k in range(2):
+            clip = common.robot(common.world_rng(5, "test", k), max(height, width), 16, flow=True)
+            top = (max(height, width) - height) // 2
+            cut = (..., slice(top, top + height), slice(0, width))
+            a, b = common.to_float(clip["video"][8:10])[cut][:, None]
+            true = clip["flow"][8][cut]
+            size = true.square().sum(0).sqrt()
+            with torch.no_grad():
+                apart = (raft(a, b)[0] - true).square().sum(0).sqrt()
+            shares.append(apart[size > 0.25].mean() / size[size > 0.25].mean())
+        return torch.stack(shares).mean().item()
+
+    for whole, odd in ((64, (62, 62)), (96, (98, 98)), (128, (101, 131))):
+        assert error(*odd) < 1.3 * error(whole, whole), odd
 
 
 # ---------------------------------------- network, draws, measures
