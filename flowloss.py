@@ -118,8 +118,17 @@ def gate(sigma, psi):
     """w(sigma), (B,): 1 / (sigma^2 + 1) below psi, else 0. The paper's hard gate."""
     return torch.where(sigma < psi, 1 / (sigma**2 + 1), 0.0)
 
+def at_least_float32(x):
+    """bfloat16 cannot tell places above 256; of half types grid_sample is wrong on a CPU."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
 def warp(x, flow):
-    """x (N, C, H, W) read off at p + flow(p), bilinear; outside, the nearest border pixel."""
+    """x (N, C, H, W) read off at p + flow(p), bilinear; outside, the nearest border pixel.
+
+    Of whatever type, it is worked out and returned in float32 at least.
+    """
+    x = at_least_float32(x)
+    flow = at_least_float32(flow).to(x)
     H, W = x.shape[-2:]
     column = torch.arange(W, device=x.device)
     row = torch.arange(H, device=x.device)[:, None]
@@ -133,6 +142,8 @@ def visible(forward, backward):
 
     It is in the picture, and the flow back returns: the usual test (Sundaram et al. 2010).
     """
+    forward = at_least_float32(forward)
+    backward = at_least_float32(backward)
     H, W = forward.shape[-2:]
     to_x = torch.arange(W, device=forward.device) + forward[:, :1]  # (N, 1, H, W)
     to_y = torch.arange(H, device=forward.device)[:, None] + forward[:, 1:]

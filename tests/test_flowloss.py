@@ -205,6 +205,22 @@ def test_what_leaves_the_picture_is_hidden_and_no_more(motion, hidden):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_flow_of_half_precision_is_warped_and_judged_as_in_float32(dtype):
+    forward = torch.zeros(1, 2, 48, 1024)  # places that bfloat16 cannot tell; over 32,768 pixels
+    backward = torch.zeros(1, 2, 48, 1024)
+    for left in range(20, 900, 90):  # boxes that move by 6.25 px, which half types hold
+        forward[:, 0, 10:40, left:left + 48] = 6.25
+        backward[:, 0, 10:40, left + 6:left + 54] = -6.25
+    want = visible(forward, backward)
+    assert 0.01 < (~want).float().mean() < 0.5
+    assert torch.equal(visible(forward.to(dtype), backward.to(dtype)), want)
+    column = torch.arange(1024.0).div(4).expand(1, 1, 48, 1024).to(dtype)
+    for flow in (forward, forward.to(dtype)):
+        torch.testing.assert_close(warp(column, flow), warp(column.float(), forward))
+    assert warp(column.double(), forward).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_videos_of_half_precision_give_the_loss_and_a_gradient(dtype):
     raft = TinyRAFT().requires_grad_(False)
     D = randn(2, 3, 3, 24, 24)
