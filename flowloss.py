@@ -323,10 +323,11 @@ class TinyRAFT(nn.Module):
 
 # ---------------------------------------- network
 
-def conv(channels_in, channels, kernel=3):
-    """A convolution over space, frame by frame, of (B, C, T, H, W)."""
-    pad = kernel // 2
-    return nn.Conv3d(channels_in, channels, (1, kernel, kernel), padding=(0, pad, pad))
+def on_frames(layer, x):
+    """A layer for pictures on every frame of x (B, C, T, H, W)."""
+    B, _, T, _, _ = x.shape
+    h = layer(x.transpose(1, 2).flatten(0, 1))  # (B T, C, H, W)
+    return h.unflatten(0, (B, T)).transpose(1, 2)
 
 def group_norm(channels):
     return nn.GroupNorm(math.gcd(8, channels), channels)
@@ -344,13 +345,13 @@ class ResBlock(nn.Module):
     def __init__(self, cin, cout, dim, time, attend):
         super().__init__()
         self.norm1 = group_norm(cin)
-        self.conv1 = conv(cin, cout)
+        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
         self.clock = nn.Linear(dim, 2 * cout)
         self.norm2 = group_norm(cout)
-        self.conv2 = conv(cout, cout)
-        self.skip = conv(cin, cout, 1) if cin != cout else nn.Identity()
+        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
+        self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
         self.norm3 = group_norm(cout)
-        self.time = nn.Conv3d(cout, cout, (3, 1, 1), padding=(1, 0, 0)) if time else None
+        self.time = nn.Conv2d(cout, cout, (3, 1), padding=(1, 0)) if time else None
         self.attention = None
         if attend:
             self.attention = nn.MultiheadAttention(cout, max(1, cout // 32), batch_first=True)
@@ -361,12 +362,13 @@ class ResBlock(nn.Module):
     def forward(self, x, emb):  # (B, C, T, H, W), (B, T, dim)
         clock = self.clock(emb).transpose(1, 2)[..., None, None]  # (B, 2 C, T, 1, 1)
         scale, shift = clock.chunk(2, 1)
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = on_frames(self.conv1, F.silu(self.norm1(x)))
         h = self.norm2(h) * (1 + scale) + shift
-        x = self.skip(x) + self.conv2(F.silu(h))
+        x = on_frames(self.skip, x) + on_frames(self.conv2, F.silu(h))
         h = self.norm3(x)
         if self.time is not None:
-            x = x + self.time(F.silu(h))
+            along = self.time(F.silu(h).flatten(3))  # (B, C, T, H W)
+            x = x + along.reshape(x.shape)
         if self.attention is not None:
             tokens = h.flatten(2).transpose(1, 2)  # (B, T H W, C): every place at every time
             tokens = self.attention(tokens, tokens, tokens, need_weights=False)[0]
@@ -388,7 +390,7 @@ class VideoUNet(nn.Module):
         self.embed = nn.Sequential(
             nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
         self.frame = nn.Parameter(0.1 * torch.randn(frames, dim))
-        self.inp = conv(9 * patch**2, channels[0])
+        self.inp = nn.Conv2d(9 * patch**2, channels[0], 3, padding=1)
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
         for level, c in enumerate(channels):
@@ -399,7 +401,7 @@ class VideoUNet(nn.Module):
             self.up.append(ResBlock(c, above, dim, time, attend))
         self.mid = ResBlock(c, c, dim, time=True, attend=True)
         self.norm = group_norm(channels[0])
-        self.out = conv(channels[0] + 9 * patch**2, 4 * patch**2)
+        self.out = nn.Conv2d(channels[0] + 9 * patch**2, 4 * patch**2, 3, padding=1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -410,7 +412,7 @@ class VideoUNet(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             emb = self.embed(torch.cat([angle.sin(), angle.cos()], 1))
             emb = emb[:, None] + self.frame  # (B, T, dim)
-            h = self.inp(x)
+            h = on_frames(self.inp, x)
             skips = []
             for level, block in enumerate(self.down):
                 if level > 0:
@@ -423,7 +425,7 @@ class VideoUNet(nn.Module):
                 if level > 0:
                     h = double(h)
             h = torch.cat([F.silu(self.norm(h)), x], 1)  # noise need not pass a narrow network
-            h = self.out(h)
+            h = on_frames(self.out, h)
         return F.pixel_shuffle(h.float().transpose(1, 2), self.patch).transpose(1, 2)
 
 def build(cfg):
