@@ -4,24 +4,26 @@ A video diffusion model that is trained on reconstruction alone learns late what
 FlowLoss compares the optical flow of the denoised video with that of the true one: flow against
 flow, nothing is warped. Flow of a prediction at high noise means nothing, so a gate closes there.
 
-    EDM       D(x; s) = c_skip x + c_out F(c_in x; c_noise)     data of variance 1; given the first
-                                                                frame, too, in denoise()
+    EDM       D(x; s) = c_skip x + c_out F(c_in x; c_noise)     Eq. 7, of data of variance 1. Ours,
+              in denoise(): F is also given the first frame and (x - first) / s, and a mask that
+              it makes lets pixels stay what they were in the first frame
     L_recon   E lambda(s) || D(y + s n; s) - y ||^2             lambda(s) = (s^2 + 1) / s^2
     L_flow    S E lambda(s) sum_t o(a_t) || f_t(y) - f_t(D) ||^2
-              f: flow from the first frame to frame t; o: 1 where a_t says visible, else 0.3
+              f: flow from the first frame to frame t; o: 1 where a_t says visible, else 0.3.
+              Ours: the mean, not the sum, and over --pairs of t that each step draws
     L         L_recon + w(s) L_flow          w(s) = 1 / (s^2 + 1) if s < psi, else 0: the gate,
                                              different for every clip, so inside the E
 
-The paper was not at hand: the equations come from reviews of it, their numbers are unknown, and
-what they leave open is marked "paper silent". The paper fine-tunes Stable Video Diffusion. Here a
-small image-to-video model, trained on boxes and on arms of any make and shipped with this file, is
-fine-tuned on clips of one robot, with and without the flow term, on the same data and noise. The
-loop for that is in finetune(); the two before it, of --train, made what is shipped.
+The paper was not at hand: the equations come from reviews of it, without numbers, and what they
+leave open is marked "paper silent". It fine-tunes Stable Video Diffusion. Here a small
+image-to-video model, trained on boxes and on arms of any make, is fine-tuned on clips of one robot,
+with and without the flow term, on the same data and noise: finetune(). It is shipped with this
+file, and so is the flow estimator, a tiny RAFT, which tests/study.py trains.
 
     python flowloss.py --dataset robot              # fine-tune and compare; 4 minutes on two cores
     python flowloss.py --dataset robot --eval_only  # compare again, from the checkpoint
-    python flowloss.py --train --preset tiny --out_dir out/new  # the shipped models anew: 1 hour
     python flowloss.py --first photo.jpg            # your picture, before and after fine-tuning
+    python flowloss.py --train --out_dir out/new    # with a base model made anew: 1 hour
 
 A run prints flow error, background and PSNR of held-out clips, early and late.
 """
@@ -48,7 +50,7 @@ from tqdm import tqdm
 import common
 from common import Fault, edm_weight, like, make_rng, opt, to_float, to_uint8
 
-SHIPPED = Path(__file__).parent / "assets" / "models" / "flowloss-robot.pt"
+SHIPPED = Path(__file__).resolve().parent / "assets" / "models" / "flowloss-robot.pt"
 SAVE_EVERY = 500  # training steps
 MOVING = 0.25     # pixels a frame: what moves less counts as background
 
@@ -56,15 +58,15 @@ MOVING = 0.25     # pixels a frame: what moves less counts as background
 class Config:
     dataset: str = opt("robot", "robot, or a folder of your clips in --data_dir")
     data_dir: str = opt("", "where DATASET/{train,test}/ lies; empty: data", free=True)
-    preset: str = opt("auto", "tiny (two CPU cores), small (one GPU), paper; auto: by device")
+    preset: str = opt("tiny", "tiny (two CPU cores) or small (one GPU)")
     first: str = opt("", "a picture to set in motion, by the run in the output folder", free=True)
-    train: bool = opt(False, "train the flow estimator and the base model first")
-    model: str = opt("", "another base.pt of --train to start from; empty: the shipped one")
+    train: bool = opt(False, "train the base model first")
+    model: str = opt("", "a base.pt of --train to start from; empty: the shipped one")
     resume: bool = opt(False, "go on with the run in the output folder", free=True)
     eval_only: bool = opt(False, "evaluate the run in the output folder again", free=True)
     out_dir: str = opt("", "empty: out/flowloss-DATASET[-procedural]", free=True)
     device: str = opt("auto", "auto, cpu, cuda, mps", free=True)
-    compile: bool = opt(False, "torch.compile the networks", free=True)
+    compile: bool = opt(False, "torch.compile the video networks", free=True)
     amp: bool = opt(False, "bfloat16 autocast inside the networks")
     seed: int = opt(0, "of weights, data and noise", 0, 2**31)
     iters: int = opt(300, "steps of fine-tuning", 1, 10**8)
@@ -72,41 +74,35 @@ class Config:
     tune_lr: float = opt(2e-4, "AdamW's learning rate in fine-tuning, constant", 0, 1)
     psi: float = opt(2.0, "the gate: noise levels from here on have no flow term", 0, 1000)
     scale: float = opt(0.1, "S, the weight of the flow term", 0, 10**6)
-    pairs: int = opt(1, "frames t that a step compares; frames - 1: all, as in the paper", 1, 256)
-    raft_iters: int = opt(2000, "--train: steps of the tiny RAFT", 1, 10**8)
+    pairs: int = opt(1, "frames t to draw for a step; frames - 1: all, as in the paper", 1, 256)
     base_iters: int = opt(16000, "--train: steps of the base model", 1, 10**8)
     lr: float = opt(2e-3, "--train: AdamW's learning rate, of the base model", 0, 1)
     batch: int = opt(4, "clips in a batch", 1, 65536)
     size: int = opt(32, "--train: height and width of a frame, pixels", 24, 1024)
     frames: int = opt(16, "--train: frames of a clip", 8, 256)
     width: int = opt(32, "--train: channels at the first level", 8, 1024)
-    mults: str = opt("1,1.5,2", "--train: channels of each level, in widths")
-    patch: int = opt(2, "--train: pixels (squared) that become channels", 1, 8)
     ema: float = opt(0.98, "decay of the average of weights to sample from", 0, 0.999999)
     clips: int = opt(500, "training clips of the procedural world", 2, 10**6)
     videos: int = opt(32, "held-out clips to generate", 2, 4096, free=True)
     steps: int = opt(20, "steps of the sampler", 1, 1000, free=True)
+    sample_batch: int = opt(8, "clips sampled at once; another, other noise", 1, 4096, free=True)
 
 PRESETS = {
     "tiny": {},
     "small": dict(
-        iters=2000, points="100,300", raft_iters=6000, base_iters=20000, batch=16, size=64,
+        iters=2000, points="100,300", base_iters=20000, batch=16, size=64,
         width=96, lr=5e-4, ema=0.995, clips=4000, videos=64, steps=30, amp=True,
-    ),
-    "paper": dict(  # of the size of its clips; its own model is Stable Video Diffusion's
-        iters=10000, points="100,1000", raft_iters=20000, base_iters=50000, batch=16, size=128,
-        width=192, mults="1,1,2,2,4", lr=1e-4, tune_lr=5e-5, ema=0.999, clips=20000, videos=96,
-        pairs=15, amp=True,
     ),
 }
 METHODS = {"none": "reconstruction", "gated": "+ flow"}
+LEVELS = (1, 1.5, 2)  # channels of each level of the network, in widths
+PATCH = 2  # squares of 2x2 pixels become channels
 
-# EDM's noise prior: ln sigma ~ N(P_MEAN, P_STD^2). Paper silent: our values lie between EDM's own
-# (-1.2, 1.2), which seldom draws the high levels that decide motion, and SVD's (0.7, 1.6), made for
-# latents.
+# EDM's noise prior: ln sigma ~ N(P_MEAN, P_STD^2). Paper silent: ours lies between EDM's (-1.2,
+# 1.2), which seldom draws the high levels that decide motion, and SVD's (0.7, 1.6), of latents.
 P_MEAN = 0.0
 P_STD = 1.5
-AUGMENT = 0.02  # noise on the first frame while training, as SVD has it
+AUGMENT = 0.02  # noise on the first frame, in training alone; SVD adds it in sampling, too
 
 # y: the true video, of variance 1, (B, 3, T, H, W). D: the denoised one. n: noise. sigma: the noise
 # level, (B,). truth: the true video in [-1, 1]. Flow: (N, 2, H, W) in pixels.
@@ -332,13 +328,6 @@ def on_frames(layer, x):
 def group_norm(channels):
     return nn.GroupNorm(math.gcd(8, channels), channels)
 
-def halve(x):
-    """(B, C, T, H, W) -> (B, C, T, H/2, W/2). In 2D: MPS has no pooling in 3D."""
-    return F.avg_pool2d(x.flatten(1, 2), 2).unflatten(1, x.shape[1:3])
-
-def double(x):
-    return F.interpolate(x.flatten(1, 2), scale_factor=2.0).unflatten(1, x.shape[1:3])
-
 class ResBlock(nn.Module):
     """Residual block over space, then over time; self-attention over both where asked."""
 
@@ -352,9 +341,8 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
         self.norm3 = group_norm(cout)
         self.time = nn.Conv2d(cout, cout, (3, 1), padding=(1, 0)) if time else None
-        self.attention = None
-        if attend:
-            self.attention = nn.MultiheadAttention(cout, max(1, cout // 32), batch_first=True)
+        heads = math.gcd(cout, max(1, cout // 32))  # they must divide the channels
+        self.attention = nn.MultiheadAttention(cout, heads, batch_first=True) if attend else None
         nn.init.zeros_(self.conv2.weight)
         if time:
             nn.init.zeros_(self.time.weight)
@@ -378,35 +366,37 @@ class ResBlock(nn.Module):
 class VideoUNet(nn.Module):
     """(B, 9, T, H, W), c_noise (B,) -> (B, 4, T, H, W), float32: see denoise."""
 
-    def __init__(self, width, mults, patch, frames, amp=False):
+    def __init__(self, width, frames, amp=False):
         super().__init__()
-        channels = [int(width * m) for m in mults]
+        channels = [int(width * m) for m in LEVELS]
         dim = 4 * width
         self.width = width
-        self.patch = patch
         self.amp = amp
         self.register_buffer("mean", torch.tensor(0.0))  # of the pixels it was trained on
         self.register_buffer("std", torch.tensor(1.0))
+        waves = 2 * (width // 2)  # sines and cosines
         self.embed = nn.Sequential(
-            nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
+            nn.Linear(waves, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
         self.frame = nn.Parameter(0.1 * torch.randn(frames, dim))
-        self.inp = nn.Conv2d(9 * patch**2, channels[0], 3, padding=1)
+        self.inp = nn.Conv2d(9 * PATCH**2, channels[0], 3, padding=1)
+        self.shrink = nn.AvgPool2d(2)
+        self.grow = nn.Upsample(scale_factor=2.0)
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
         for level, c in enumerate(channels):
             above = channels[max(0, level - 1)]
-            time = level > 0 or len(channels) == 1  # at full size it would cost the most
+            time = level > 0  # at full size it would cost the most
             attend = level == len(channels) - 1
             self.down.append(ResBlock(above, c, dim, time, attend))
             self.up.append(ResBlock(c, above, dim, time, attend))
         self.mid = ResBlock(c, c, dim, time=True, attend=True)
         self.norm = group_norm(channels[0])
-        self.out = nn.Conv2d(channels[0] + 9 * patch**2, 4 * patch**2, 3, padding=1)
+        self.out = nn.Conv2d(channels[0] + 9 * PATCH**2, 4 * PATCH**2, 3, padding=1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x, c_noise):
-        x = F.pixel_unshuffle(x.transpose(1, 2), self.patch).transpose(1, 2)  # (B, 9 patch^2, ...)
+        x = F.pixel_unshuffle(x.transpose(1, 2), PATCH).transpose(1, 2)  # (B, 9 PATCH^2, ...)
         w = torch.exp(torch.linspace(0, math.log(100), self.width // 2, device=x.device))
         angle = c_noise[:, None] * w
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
@@ -416,27 +406,24 @@ class VideoUNet(nn.Module):
             skips = []
             for level, block in enumerate(self.down):
                 if level > 0:
-                    h = halve(h)
+                    h = on_frames(self.shrink, h)
                 h = block(h, emb)
                 skips.append(h)
             h = self.mid(h, emb)
             for level in reversed(range(len(skips))):
                 h = self.up[level](h + skips[level], emb)
                 if level > 0:
-                    h = double(h)
+                    h = on_frames(self.grow, h)
             h = torch.cat([F.silu(self.norm(h)), x], 1)  # noise need not pass a narrow network
             h = on_frames(self.out, h)
-        return F.pixel_shuffle(h.float().transpose(1, 2), self.patch).transpose(1, 2)
-
-def build(cfg):
-    mults = [float(m) for m in cfg.mults.split(",")]
-    return VideoUNet(cfg.width, mults, cfg.patch, cfg.frames, cfg.amp)
+        return F.pixel_shuffle(h.float().transpose(1, 2), PATCH).transpose(1, 2)
 
 def denoise(net, x, sigma, first):
-    """D(x; sigma), given the first frame (B, 3, H, W), of a network of this file: EDM Eq. 7.
+    """D(x; sigma), given the first frame (B, 3, H, W), of a network of this file.
 
-    Ours, for a network so small: it is also shown (x - first) / sigma, which is mere noise where
-    nothing moves, and a mask of its own lets pixels stay what they were in the first frame.
+    EDM's Eq. 7, and two things of ours, for a network so small: it is also shown (x - first) /
+    sigma, which is mere noise where nothing moves, and a mask that it makes lets pixels stay what
+    they were in the first frame.
     """
     first = first[:, :, None].expand_as(x)
     s = like(sigma, x)
@@ -445,91 +432,21 @@ def denoise(net, x, sigma, first):
     out = net(torch.cat([x / total, apart, first], 1), sigma.log() / 4)  # (B, 4, T, H, W)
     F_theta, mask = out.tensor_split([3], 1)
     D = x / total**2 + s / total * F_theta  # Eq. 7
-    return first + mask.sigmoid() * (D - first)
-
-# ---------------------------------------- train the flow estimator
-
-@dataclass
-class FlowPairs:
-    """Item `step`: pairs of frames with exact flow; image1, image2 uint8 (N, 3, H, W), flow."""
-    cfg: Config
-    count: int = 16
-
-    def pair(self, rng):
-        size = self.cfg.size
-        which = rng.uniform()
-        if which < 0.55:  # neighbours, or frames as far apart as the loss compares
-            last = self.cfg.frames - 1
-            t = np.sort(rng.choice(self.cfg.frames, 2, replace=False)) / last
-            if rng.uniform() < 0.5:
-                t[1] = t[0] + 1 / last
-            clip = common.robot(rng, size, 2, flow=True, clock=t)
-        else:
-            clip = common.shapes(rng, size, 2, flow=True, speed=0.7 * rng.integers(1, 4))
-        return *clip["video"], clip["flow"][0]
-
-    def __getitem__(self, step):
-        pairs = []
-        for k in range(self.count):
-            pairs.append(self.pair(np.random.default_rng([self.cfg.seed, 3, step, k])))
-        return [torch.stack(part) for part in zip(*pairs)]
-
-def train_raft(cfg, out, device):
-    """The tiny RAFT, on exact flow of two worlds; some batches are noisy, as a D may be."""
-    torch.manual_seed(cfg.seed)
-    raft = TinyRAFT().to(device)
-    optimizer = torch.optim.AdamW(raft.parameters(), 2e-3)
-    saved = common.restore(out / "raft.pt", "flowloss", cfg, raft=raft, optimizer=optimizer)
-    start = saved["step"]
-    log = common.Log(cfg.raft_iters, start, saved["log"], "flow estimator")
-
-    pairs = common.prefetch(FlowPairs(cfg), range(start, cfg.raft_iters))
-    for step, (image1, image2, true) in enumerate(pairs, start + 1):
-        rng = make_rng(cfg.seed, 1, step)
-        noise = 0.1 * torch.rand(1, generator=rng) * (torch.rand(1, generator=rng) < 0.3)
-        n = torch.randn(2, *image1.shape, generator=rng)
-        image1 = (to_float(image1) + noise * n[0]).to(device)
-        image2 = (to_float(image2) + noise * n[1]).to(device)
-        true = true.to(device)
-        weight = 1 + 4 * (true.square().sum(1) > 0.01)  # (N, H, W): what moves counts more
-        loss = 0
-        for k, flow in enumerate(raft(image1, image2, updates=4, detach=True, every=True)):
-            loss = loss + 0.8 ** (3 - k) * (weight * (flow - true).abs().sum(1)).mean()
-
-        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, step / 50, 1.02 - step / cfg.raft_iters)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(raft.parameters(), 1.0)
-        optimizer.step()
-
-        stop = log.add(step, flow=loss)
-        if step % SAVE_EVERY == 0 or step == cfg.raft_iters or stop:
-            common.save_checkpoint(
-                out, "flowloss", cfg, log, "raft", step=step, raft=raft.state_dict(),
-                optimizer=optimizer.state_dict())
-        if stop:
-            raise KeyboardInterrupt
-    log.close()
-    return raft
+    return first + mask.sigmoid() * (D - first)  # ours
 
 # ---------------------------------------- train the base model
 
-@dataclass
-class GeneralClips:
-    """Item `step`: a batch of moving boxes, discs and arms of any make, uint8 (B, T, 3, H, W)."""
-    cfg: Config
-
-    def __getitem__(self, step):
-        cfg = self.cfg
-        clips = []
-        for k in range(cfg.batch):
-            rng = np.random.default_rng([cfg.seed, 4, step, k])
-            if (step * cfg.batch + k) % 4 < 3:  # three arms, then a clip of boxes
-                clip = common.robot(rng, cfg.size, cfg.frames, make="any")
-            else:
-                clip = common.shapes(rng, cfg.size, cfg.frames, rough=0.3)
-            clips.append(clip["video"])
-        return torch.stack(clips)
+def general_clips(cfg, step):
+    """A batch of moving boxes, discs and arms of any make, uint8 (B, T, 3, H, W)."""
+    clips = []
+    for k in range(cfg.batch):
+        rng = np.random.default_rng([cfg.seed, 4, step - 1, k])
+        if ((step - 1) * cfg.batch + k) % 4 < 3:  # three arms, then a clip of boxes
+            clip = common.robot(rng, cfg.size, cfg.frames, make="any")
+        else:
+            clip = common.shapes(rng, cfg.size, cfg.frames, rough=0.3)
+        clips.append(clip["video"])
+    return torch.stack(clips)
 
 def draw(seed, use, step, y):
     """sigma (B,), n like y, noise like its first frame: a function of (seed, use, step) alone."""
@@ -537,27 +454,28 @@ def draw(seed, use, step, y):
     sigma = (P_MEAN + P_STD * torch.randn(len(y), generator=rng)).exp()
     n = torch.randn(y.shape, generator=rng)
     n_first = torch.randn(y[:, :, 0].shape, generator=rng)
-    return sigma.to(y.device), n.to(y.device), n_first.to(y.device)
+    return sigma, n, n_first
 
 def train_base(cfg, raft, out, device):
     """The image-to-video model, on motion in general, by L_recon alone."""
-    clips = GeneralClips(cfg)
     torch.manual_seed(cfg.seed + 1)
-    net = build(cfg).to(device)
-    some = to_float(torch.cat([clips[step] for step in range(50)]))
+    net = VideoUNet(cfg.width, cfg.frames, cfg.amp).to(device)
+    some = to_float(torch.cat([general_clips(cfg, step) for step in range(1, 51)]))
     net.mean.fill_(some.mean())
     net.std.fill_(some.std())
     optimizer = torch.optim.AdamW(net.parameters(), cfg.lr)
     saved = common.restore(out / "base.pt", "flowloss", cfg, base=net, optimizer=optimizer)
-    start = saved["step"]
-    log = common.Log(cfg.base_iters, start, saved["log"], "base model")
+    log = common.Log(cfg.base_iters, saved["step"], saved["log"], "base model")
     if cfg.compile:
         net.compile()
 
-    batches = common.prefetch(clips, range(start, cfg.base_iters))
-    for step, frames in enumerate(batches, start + 1):
-        y = (to_float(frames.to(device)).transpose(1, 2) - net.mean) / net.std  # (B, 3, T, H, W)
-        sigma, n, n_first = draw(cfg.seed, 2, step, y)
+    def inputs(step):
+        frames = general_clips(cfg, step)
+        return frames, *draw(cfg.seed, 2, step, frames.transpose(1, 2))
+
+    loader = common.prefetched(inputs, saved["step"], cfg.base_iters, device)
+    for step, (frames, sigma, n, n_first) in loader:
+        y = (to_float(frames).transpose(1, 2) - net.mean) / net.std  # (B, 3, T, H, W)
         first = y[:, :, 0] + AUGMENT * n_first
         D = denoise(net, y + like(sigma, y) * n, sigma, first)
         loss = recon_loss(D, y, sigma).mean()
@@ -581,53 +499,35 @@ def train_base(cfg, raft, out, device):
 
 # ---------------------------------------- load
 
-def model_path(cfg):
-    """The checkpoint of a run that goes on, else --model, else the shipped one."""
-    own = Path(cfg.out_dir) / "ckpt.pt"
-    if cfg.eval_only or (cfg.resume and own.exists()):
-        return own
-    return Path(cfg.model or SHIPPED)
+def load_model(path, device, amp=False, tuned=False):
+    """A flow estimator, a base model, and all that was saved with them. Raises Fault.
 
-def load_model(path, device, amp=False):
-    """A flow estimator, a base model, and all that was saved with them. Raises Fault."""
+    tuned: what a fine-tuning kept is asked for, so it must have come to its end.
+    """
     saved = common.load_checkpoint(path, "flowloss")
-    made = Config(**saved["config"])
-    if "kept" not in saved and saved["step"] != made.base_iters:
-        raise Fault(f"{path} has {saved['step']} of {made.base_iters} steps of training: --resume "
-                    "makes the others")
+    made = saved["config"]
+    if tuned or "kept" not in saved:
+        steps = made["iters"] if tuned else made["base_iters"]
+        if saved["step"] != steps:
+            raise Fault(f"{path} has {saved['step']} of {steps} steps of training: --resume makes "
+                        "the others")
     raft = TinyRAFT()
     raft.load_state_dict(saved["raft"])
-    base = build(made)
+    base = VideoUNet(made["width"], made["frames"], amp)
     base.load_state_dict(saved["base"])
-    base.amp = amp
     return raft.to(device), base.to(device), saved
-
-def finished(cfg, saved, path):
-    """The weights that a fine-tuning kept, if it came to its end. Raises Fault."""
-    if saved["step"] != cfg.iters:
-        raise Fault(f"{path} has {saved['step']} of {cfg.iters} steps of fine-tuning: --resume "
-                    "makes the others")
-    return saved["kept"]
 
 # ---------------------------------------- fine-tune
 
 def draw_pairs(cfg, step):
     """From the first frame to cfg.pairs others, drawn for every clip: (B, K, 2).
 
-    A sample of all t, without bias. Paper silent: from the first frame, because the flow estimator
-    it uses, DOT, tracks from one frame to all others.
+    Paper silent: from the first, as the estimator it uses, DOT, tracks from one frame to all.
     """
     rng = make_rng(cfg.seed, 5, step)
     order = torch.rand(cfg.batch, cfg.frames - 1, generator=rng).argsort(1)  # of frames 1 and on
     t = 1 + order[:, :cfg.pairs]  # (B, K)
     return torch.stack([torch.zeros_like(t), t], -1)
-
-def points_of(cfg):
-    """The steps of fine-tuning after which to evaluate: those of --points, and the last."""
-    points = {cfg.iters}
-    for point in cfg.points.split(","):
-        points.add(min(int(point), cfg.iters))
-    return points
 
 def finetune(cfg, base, raft, clips, out, device):
     """Both objectives side by side, from the same base, on the same clips, noise and pairs.
@@ -640,45 +540,49 @@ def finetune(cfg, base, raft, clips, out, device):
     raft.requires_grad_(False)
     saved = common.restore(
         out / "ckpt.pt", "flowloss", cfg, nets=nets, average=average, optimizer=optimizer)
-    start = saved["step"]
     kept = saved.get("kept", {})
-    log = common.Log(cfg.iters, start, saved["log"], "fine-tuning")
+    points = {cfg.iters, *map(int, cfg.points.split(","))}
+    log = common.Log(cfg.iters, saved["step"], saved["log"], "fine-tuning")
     for net in nets.values():
         if cfg.compile:
             net.compile()
+    batches = common.Batches(clips, cfg.batch, cfg.frames, cfg.seed)
+
+    def inputs(step):
+        frames = batches[step - 1]  # they count from 0
+        return frames, *draw(cfg.seed, 6, step, frames.transpose(1, 2)), draw_pairs(cfg, step)
 
     def decode(y):  # stands where a latent model has its VAE
         return y * base.std + base.mean
 
-    batches = common.Batches(clips, cfg.batch, cfg.frames, cfg.seed)
-    for step, frames in enumerate(common.prefetch(batches, range(start, cfg.iters)), start + 1):
-        truth = to_float(frames.to(device)).transpose(1, 2)  # (B, 3, T, H, W)
+    loader = common.prefetched(inputs, saved["step"], cfg.iters, device)
+    for step, (frames, sigma, n, n_first, pairs) in loader:
+        truth = to_float(frames).transpose(1, 2)  # (B, 3, T, H, W)
         y = (truth - base.mean) / base.std
-        sigma, n, n_first = draw(cfg.seed, 6, step, y)
         x = y + like(sigma, y) * n
         first = y[:, :, 0] + AUGMENT * n_first
-        w = gate(sigma, cfg.psi)
-        pairs = draw_pairs(cfg, step).to(device)
+        optimizer.zero_grad()
 
         D = denoise(nets["none"], x, sigma, first)
         loss_none = recon_loss(D, y, sigma).mean()
+        loss_none.backward()  # at once: one graph at a time
+
         D = denoise(nets["gated"], x, sigma, first)
         loss_recon = recon_loss(D, y, sigma).mean()
+        w = gate(sigma, cfg.psi)
         loss_flow = flow_loss(raft, decode, D, truth, w, sigma, pairs, cfg.scale).mean()
-        loss_gated = loss_recon + loss_flow  # L = L_recon + w L_flow
+        loss = loss_recon + loss_flow  # L = L_recon + w L_flow
+        loss.backward()
 
-        optimizer.zero_grad()
-        (loss_none + loss_gated).backward()  # the two share no weight
         for net in nets.values():
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         average.update_parameters(nets)
 
         stop = log.add(step, none=loss_none, gated_recon=loss_recon, gated_flow=loss_flow)
-        if step in points_of(cfg):
-            kept[step] = {}
-            for name, net in average.module.items():
-                kept[step][name] = copy.deepcopy(net.state_dict())
+        if step in points:
+            weights = copy.deepcopy(average.module)
+            kept[step] = {name: net.state_dict() for name, net in weights.items()}
         if step % SAVE_EVERY == 0 or step == cfg.iters or stop:
             common.save_checkpoint(
                 out, "flowloss", cfg, log, step=step, kept=kept, raft=raft.state_dict(),
@@ -709,22 +613,37 @@ def sample(denoise, x, sigmas, rng):
 # ---------------------------------------- evaluate
 
 @torch.no_grad()
-def generate(net, first, steps, seed, name):
-    """First frames (N, 3, H, W) in [-1, 1] -> videos uint8 (N, T, 3, H, W)."""
+def generate(cfg, base, kept, first):
+    """First frames (N, 3, H, W) in [-1, 1] -> videos uint8 (N, T, 3, H, W), from the same noise.
+
+    Yields (objective, step, videos) of the base model and of all that a fine-tuning kept.
+    """
+    plan = [("base", 0, base.state_dict())]
+    for step, weights in kept.items():
+        for name, objective in METHODS.items():
+            plan.append((objective, step, weights[name]))
+    net = copy.deepcopy(base).eval()
+    if cfg.compile:
+        net.compile()
     first = (first - net.mean) / net.std
-    sigmas = common.karras_sigmas(steps, low=0.05)  # noise of 0.05 nobody sees
-    rng = make_rng(seed, 0, 0)  # the same for every network
-    made = []
-    for a in tqdm(range(0, len(first), 8), f"generating, {name}", leave=False):
-        some = first[a:a + 8]
+    sigmas = common.karras_sigmas(cfg.steps, low=0.05)  # noise of 0.05 nobody sees
+    size = cfg.sample_batch
+    for objective, step, weights in plan:
+        net.load_state_dict(weights)
+        rng = make_rng(cfg.seed, 0, 0)
+        made = []
+        name = f"generating, {objective}, {step}"
+        for a in tqdm(range(0, len(first), size), name, leave=False):
+            some = first[a:a + size]
 
-        def denoise_some(x, sigma):
-            return denoise(net, x, sigma, some)
+            def denoise_some(x, sigma):
+                return denoise(net, x, sigma, some)
 
-        shape = (len(some), 3, len(net.frame), *first.shape[2:])
-        x = sigmas[0] * torch.randn(shape, generator=rng).to(first.device)
-        made.append(sample(denoise_some, x, sigmas, rng))
-    return to_uint8(torch.cat(made) * net.std + net.mean).transpose(1, 2)
+            shape = (len(some), 3, len(net.frame), *first.shape[2:])
+            x = sigmas[0] * torch.randn(shape, generator=rng).to(first.device)
+            made.append(sample(denoise_some, x, sigmas, rng))
+        videos = torch.cat(made) * net.std + net.mean  # (N, 3, T, H, W)
+        yield objective, step, to_uint8(videos).transpose(1, 2)
 
 @torch.no_grad()
 def flow_of(estimate, video):
@@ -760,7 +679,10 @@ def mean_where(value, where):
     return value[where].mean().item() if where.any() else None
 
 def evaluate(cfg, kept, base, raft, test_clips, source, device):
-    """Held-out clips, generated from their first frames. Returns rows, videos and flows."""
+    """Held-out clips, generated from their first frames.
+
+    Returns rows, and of every objective at its last step the videos and their flow.
+    """
     count = min(cfg.videos, len(test_clips))
     real = torch.stack([test_clips.frames(k, 0, cfg.frames) for k in range(count)]).to(device)
     true = true_flow(cfg, source, real, raft)  # (N, T - 1, 2, H, W)
@@ -770,43 +692,37 @@ def evaluate(cfg, kept, base, raft, test_clips, source, device):
               "so there is no flow error to report", file=sys.stderr)
     zero = mean_where(end_point_error(0 * true, true), moving)
     floor = mean_where(end_point_error(flow_of(raft, real), true), moving)
-
-    plan = [("base", 0, base.state_dict())]
-    for step, weights in kept.items():
-        for name in METHODS:
-            plan.append((name, step, weights[name]))
-    net = build(cfg).to(device).eval()
     rows = []
     videos = {"real": real.cpu()}
     flows = {"real": true.cpu()}
-    for name, step, weights in plan:
-        net.load_state_dict(weights)
-        label = "base" if name == "base" else f"{METHODS[name]}, {step}"
-        made = generate(net, to_float(real[:, 0]), cfg.steps, cfg.seed, label).to(device)
+    for objective, step, made in generate(cfg, base, kept, to_float(real[:, 0])):
         flow = flow_of(raft, made)
         error = end_point_error(flow, true)
         rows.append(dict(
-            objective=METHODS.get(name, name), step=step, psi=cfg.psi, scale=cfg.scale,
-            seed=cfg.seed,
+            objective=objective, step=step, psi=cfg.psi, scale=cfg.scale, seed=cfg.seed,
             epe_moving=mean_where(error, moving), epe_background=mean_where(error, ~moving),
             epe_zero=zero, epe_floor=floor if source == "procedural" else None,
             psnr=psnr(made, real).mean().item(), videos=count,
         ))
-        videos[label] = made.cpu()
-        flows[label] = flow.cpu()
+        videos[objective] = made.cpu()
+        flows[objective] = flow.cpu()
     return rows, videos, flows
 
+COLUMNS = {
+    "objective": ("objective", ""), "step": ("step", "d"),
+    "epe_moving": ("flow error, px", ".3f"), "epe_background": ("of background", ".3f"),
+    "epe_zero": ("of zero flow", ".3f"), "epe_floor": ("of real clips", ".3f"),
+    "psnr": ("PSNR", ".2f"),
+}
+
 def save_pictures(out, videos, flows):
-    """samples.gif and sheet.png: real, base, and both objectives at the last step, with flow."""
-    labels = list(videos)
+    """samples.gif, and sheet.png with the flow of the first clip."""
     shown = {}
-    moving = {}
-    for label in [*labels[:2], *labels[-2:]]:
-        shown[label] = videos[label]
-        moving[label] = videos[label]
-        moving[f"flow of {label.split(',')[0]}"] = flow_to_image(flows[label][0])[None]
-    common.save_sheet(out / "sheet.png", moving, left=130)
-    common.save_gif(out / "samples.gif", shown, width=128, ms=120)
+    for label, video in videos.items():
+        shown[label] = video
+        shown[f"flow of {label}"] = flow_to_image(flows[label][0])[None]
+    common.save_sheet(out / "sheet.png", shown, left=130)
+    common.save_gif(out / "samples.gif", videos, width=128, ms=120)
 
 # ---------------------------------------- your own picture
 
@@ -817,70 +733,48 @@ def move_picture(cfg, device):
         raise Fault(f"--first: there is no run on {cfg.dataset} in {cfg.out_dir or 'out/'}; "
                     "fine-tune one, or leave --out_dir and --dataset out for the shipped networks")
     path = folder / "ckpt.pt" if folder else SHIPPED
-    _, net, saved = load_model(path, device, cfg.amp)
-    made = Config(**saved["config"])
-    step = max(finished(made, saved, path))
-    print(f"{path}: {made.dataset}, {step} steps of fine-tuning")
-    plan = {"base": saved["base"]}
-    for name, label in METHODS.items():
-        plan[label] = saved["kept"][step][name]
-
-    picture = to_float(common.read_picture(cfg.first, made.size))[None].to(device)  # (1, 3, H, W)
+    _, base, saved = load_model(path, device, cfg.amp, tuned=True)
+    step = saved["step"]
+    kept = {step: saved["kept"][step]}
+    print(f"{path}: {saved['config']['dataset']}, {step} steps of fine-tuning")
+    picture = common.read_picture(cfg.first, saved["config"]["size"])
+    first = to_float(picture)[None].to(device)  # (1, 3, H, W)
     videos = {}
-    for label, weights in plan.items():
-        net.load_state_dict(weights)
-        videos[label] = generate(net.eval(), picture, cfg.steps, cfg.seed, label)
+    for objective, _, video in generate(cfg, base, kept, first):
+        videos[objective] = video
     gif = Path(folder or "out") / "flowloss-first.gif"
     common.save_gif(gif, videos, width=192, ms=120)
     print(f"wrote {gif}")
 
 # ---------------------------------------- main
 
-COLUMNS = {
-    "objective": ("objective", ""), "step": ("step", "d"),
-    "epe_moving": ("flow error, px", ".3f"), "epe_background": ("of background", ".3f"),
-    "epe_zero": ("of zero flow", ".3f"), "epe_floor": ("of real clips", ".3f"),
-    "psnr": ("PSNR", ".2f"),
-}
-
 def check(cfg):
     """What single values cannot tell. Raises Fault."""
-    common.check_list(cfg, "mults", float, 0.25, 8)
     common.check_list(cfg, "points", int, 1, 10**8)
-    fold = cfg.patch * 2 ** cfg.mults.count(",")
-    if cfg.size % fold or cfg.size % 2:
-        raise Fault(f"--size {cfg.size}: must be even and a multiple of {fold}")
-    if cfg.width % 32 and cfg.width not in (8, 16):
-        raise Fault(f"--width {cfg.width}: must be 8, 16 or a multiple of 32")
+    if cfg.size % 8:
+        raise Fault(f"--size {cfg.size}: must be a multiple of 8")
     if cfg.pairs >= cfg.frames:
         raise Fault(f"--pairs {cfg.pairs}: a clip of {cfg.frames} frames has {cfg.frames - 1}")
-    if cfg.train and cfg.model:
-        raise Fault("--train makes a model, --model loads one: leave one of them out")
-    if cfg.first and (cfg.train or cfg.model):
-        raise Fault("--first takes a run that was fine-tuned: leave --train and --model out")
-
-def check_model(cfg, saved, path):
-    """That the network which was loaded is the one that was asked for. Raises Fault."""
-    for name in ("size", "frames", "width", "mults", "patch"):
-        asked = getattr(cfg, name)
-        there = saved["config"][name]
-        if asked != there:
-            raise Fault(f"--{name} {asked}: the model in {path} has {there}; give "
-                        f"--{name} {there}, or make another model by --train")
 
 def main():
     began = time.time()
     cfg = common.parse_args("flowloss", Config, PRESETS, __doc__)
-    check(cfg)
+    trains = cfg.train and not cfg.eval_only
+    if bool(cfg.first) + bool(cfg.train) + bool(cfg.model) > 1:
+        raise Fault("--train makes a model, --model loads one, --first takes a run that was "
+                    "fine-tuned: one of them alone")
     device = common.pick_device(cfg.device)
     if cfg.first:
         return move_picture(cfg, device)
-    trains = cfg.train and not cfg.eval_only
+    path = Path(cfg.out_dir, "ckpt.pt")  # of a run that goes on
+    if not cfg.eval_only and not (cfg.resume and path.exists()):
+        path = Path(cfg.model or SHIPPED).expanduser()
+    raft, base, saved = load_model(path, device, cfg.amp, tuned=cfg.eval_only)
     if not trains:
-        path = model_path(cfg)
-        raft, base, saved = load_model(path, device, cfg.amp)
-        check_model(cfg, saved, path)
-        print(f"flow estimator and base model: {path}")
+        for name in ("size", "frames", "width"):
+            setattr(cfg, name, saved["config"][name])
+        print(f"flow estimator and base model: {path}, {cfg.frames} frames of {cfg.size} pixels")
+    check(cfg)
     train_clips, test_clips, source = common.load_clips(
         cfg.dataset, cfg.data_dir, cfg.size, (cfg.clips, 96), cfg.frames, cfg.seed,
         min_frames=cfg.frames)
@@ -888,10 +782,9 @@ def main():
     print(f"preset {cfg.preset} on {device}, {len(train_clips)} + {len(test_clips)} {source} clips")
 
     if trains:
-        raft = train_raft(cfg, out, device)
         base = train_base(cfg, raft, out, device)
     if cfg.eval_only:
-        kept = finished(cfg, saved, path)
+        kept = saved["kept"]
     else:
         kept = finetune(cfg, base, raft, train_clips, out, device)
     rows, videos, flows = evaluate(cfg, kept, base, raft, test_clips, source, device)

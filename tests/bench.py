@@ -307,10 +307,10 @@ def loading():
 def gated_step():
     """Fine-tuning steps of flowloss.py with its flow term, against those without, same noise."""
     cfg = flowloss.Config(**flowloss.PRESETS["small" if GPU else "tiny"])
-    net = flowloss.build(cfg).to(DEVICE)
+    net = flowloss.VideoUNet(cfg.width, cfg.frames, cfg.amp).to(DEVICE)
     raft = flowloss.TinyRAFT().to(DEVICE).requires_grad_(False)
     y = torch.randn(cfg.batch, 3, cfg.frames, cfg.size, cfg.size, device=DEVICE)
-    draws = [flowloss.draw(0, 6, step, y) for step in range(12)]
+    draws = [[x.to(DEVICE) for x in flowloss.draw(0, 6, step, y)] for step in range(12)]
 
     def steps(pairs_a_step):
         pairs = flowloss.draw_pairs(replace(cfg, pairs=pairs_a_step or 1), 1).to(DEVICE)
@@ -434,14 +434,12 @@ def training():
     preset = "small" if GPU else "tiny"
     mo = flowmo.Config(**{**flowmo.PRESETS[preset], "iters": 8})
     mp = motionprompt.Config(**{**motionprompt.PRESETS[preset], "raft_iters": 8, "disc_iters": 8})
-    loss = flowloss.Config(**{**flowloss.PRESETS[preset], "raft_iters": 8, "base_iters": 8})
+    loss = flowloss.Config(**{**flowloss.PRESETS[preset], "base_iters": 8})
     with contextlib.redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         clips = common.render("sprites", "train", 64, mo.size, mo.frames, 0)
         some = torch.stack(clips.cache)
         raft = flowloss.TinyRAFT()
-        seconds = clock(lambda: flowloss.train_raft(loss, folder, DEVICE))
-        yield "flowloss.py: steps/s, tiny RAFT", 8 / seconds, "", f"16 pairs, {loss.size} px"
         seconds = clock(lambda: flowloss.train_base(loss, raft, folder, DEVICE))
         yield (
             "flowloss.py: steps/s, base model",

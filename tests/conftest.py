@@ -18,8 +18,8 @@ import common
 TINY = {  # flags for a run of seconds
     "biflow": "--size 16 --width 8 --mults 1 --batch 4 --clips 8 --streams 2 --frames 34 "
               "--eps 0,0.2 --tol 0.1 --iters 6",
-    "flowloss": "--size 24 --frames 8 --width 8 --mults 1,1 --batch 2 --clips 6 --videos 2 "
-                "--steps 2 --train --iters 4 --base_iters 3 --raft_iters 3 --points 2 --psi 3",
+    "flowloss": "--size 24 --frames 8 --width 8 --batch 2 --clips 6 --videos 2 --steps 2 "
+                "--train --iters 4 --base_iters 3 --points 2 --psi 3",
     "flowmo": "--frames 6 --width 32 --layers 1 --batch 4 --clips 24 --prompts 4 --steps 4 "
               "--guided 0-1 --iters 12 --train",
     "motionprompt": "--prompts 4 --steps 4 --guided 1-2 --K 1 --raft_iters 2 --disc_iters 2 "

@@ -420,6 +420,66 @@ def flowloss_base(args):
     print(f"wrote {out / 'base.pt'}")
 
 
+def flow_pair(cfg, rng):
+    """Two frames of a world, uint8 (3, H, W), and the exact flow between them (2, H, W)."""
+    if rng.uniform() < 0.55:  # neighbours, or frames as far apart as the loss compares
+        last = cfg.frames - 1
+        t = np.sort(rng.choice(cfg.frames, 2, replace=False)) / last
+        if rng.uniform() < 0.5:
+            t[1] = t[0] + 1 / last
+        clip = common.robot(rng, cfg.size, 2, flow=True, clock=t)
+    else:
+        speed = 0.7 * rng.integers(1, 4)
+        clip = common.shapes(rng, cfg.size, 2, flow=True, speed=speed)
+    return *clip["video"], clip["flow"][0]
+
+
+def draw_flow_pairs(cfg, step, count=16):
+    """Pairs of frames (N, 3, H, W) in [-1, 1], with their flow; some are noisy, as a D may be."""
+    pairs = []
+    for k in range(count):
+        pairs.append(flow_pair(cfg, np.random.default_rng([cfg.seed, 3, step - 1, k])))
+    image1, image2, true = [torch.stack(part) for part in zip(*pairs)]
+    rng = make_rng(cfg.seed, 1, step)
+    noise = 0.1 * torch.rand(1, generator=rng) * (torch.rand(1, generator=rng) < 0.3)
+    n = torch.randn(2, *image1.shape, generator=rng)
+    return to_float(image1) + noise * n[0], to_float(image2) + noise * n[1], true
+
+
+def flowloss_estimator(args):
+    """Another tiny RAFT in a copy of the shipped file: 2,000 steps, exact flow of two worlds."""
+    device = torch.device(args.device)
+    cfg = flowloss.Config(seed=args.seed)
+    iters = args.iters or 2000
+    torch.manual_seed(cfg.seed)
+    raft = flowloss.TinyRAFT().to(device)
+    optimizer = torch.optim.AdamW(raft.parameters(), 2e-3, fused=device.type != "mps")
+    log = common.Log(iters, name="flow estimator")
+
+    def inputs(step):
+        return draw_flow_pairs(cfg, step)
+
+    for step, (image1, image2, true) in common.prefetched(inputs, 0, iters, device):
+        weight = 1 + 4 * (true.square().sum(1) > 0.01)  # (N, H, W): what moves counts more
+        loss = 0
+        for k, flow in enumerate(raft(image1, image2, updates=4, detach=True, every=True)):
+            loss = loss + 0.8 ** (3 - k) * (weight * (flow - true).abs().sum(1)).mean()
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, step / 50, 1.02 - step / iters)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(raft.parameters(), 1.0)
+        optimizer.step()
+        if log.add(step, flow=loss):
+            raise KeyboardInterrupt
+    log.close()
+    saved = common.load_checkpoint(flowloss.SHIPPED, "flowloss")
+    saved["raft"] = {name: value.half().cpu() for name, value in raft.state_dict().items()}
+    path = Path(args.out) / f"flowloss-estimator-{args.seed}.pt"
+    with common.written_aside(path) as part:
+        torch.save(saved, part)
+    print(f"wrote {path}, for --model of flowloss-raft")
+
+
 def plain_denoise(net, x, sigma, first):
     """EDM's Eq. 7 alone, with the first frame as input: flowloss.denoise without what is ours."""
     first = first[:, :, None].expand_as(x)
@@ -444,7 +504,7 @@ def flowloss_tricks(args):
         net = flowloss.train_base(cfg, raft, out, device).eval()
         loss = common.load_checkpoint(out / "base.pt", "flowloss")["log"][-4:]
         loss = sum(row["recon"] for row in loss) / len(loss)
-        made = flowloss.generate(net, to_float(real[:, 0]), cfg.steps, cfg.seed, name)
+        made = made_by(cfg, net, to_float(real[:, 0]))
         error = flowloss.end_point_error(flowloss.flow_of(raft, made), true)
         rows.append([name, loss, error[moving].mean().item(), error[~moving].mean().item(),
                      flowloss.psnr(made, real).mean().item()])
@@ -513,6 +573,11 @@ def read_setting(text):
     return kind, float(scale), float(psi), int(pairs)
 
 
+def made_by(cfg, net, first):
+    """Videos uint8 (N, T, 3, H, W) of one network from first frames."""
+    return next(flowloss.generate(cfg, net, {}, first))[2]
+
+
 def flowloss_tune(args):
     """Fine-tune under many settings at once, on the same draws; per-clip errors to a json file."""
     device = torch.device(args.device)
@@ -537,7 +602,7 @@ def flowloss_tune(args):
 
     def measure(setting, step, net):
         first = to_float(real[:, 0]).to(device)
-        made = flowloss.generate(net.eval(), first, cfg.steps, cfg.seed, setting)
+        made = made_by(cfg, net, first)
         row = per_clip(made, real, true, moving, raft)
         found["rows"].append(dict(setting=setting, step=step, **row))
         net.train()
@@ -546,7 +611,7 @@ def flowloss_tune(args):
     for step in tqdm(range(1, max(points) + 1), "fine-tuning"):
         truth = to_float(batches[step - 1].to(device)).transpose(1, 2)
         y = (truth - base.mean) / base.std
-        sigma, n, n_first = flowloss.draw(cfg.seed, 6, step, y)
+        sigma, n, n_first = [x.to(device) for x in flowloss.draw(cfg.seed, 6, step, y)]
         first = y[:, :, 0] + flowloss.AUGMENT * n_first
         pairs = flowloss.draw_pairs(cfg, step).to(device)
         loss = 0
@@ -806,8 +871,7 @@ def ship_flowloss(args):
     config = {**saved["config"], "out_dir": "", "resume": False}
     step = max(saved["kept"])
     seconds = saved["log"][-1]["seconds"]
-    for name in ("raft", "base"):
-        seconds += common.load_checkpoint(run / f"{name}.pt", "flowloss")["log"][-1]["seconds"]
+    seconds += common.load_checkpoint(run / "base.pt", "flowloss")["log"][-1]["seconds"]
 
     def halved(weights):
         return {name: value.half() for name, value in weights.items()}
@@ -1315,13 +1379,13 @@ def first_picture(args):
     columns["FLOW / Bi-flow"] = pair
 
     raft, base, saved = flowloss.load_model(flowloss.SHIPPED, device)
-    made = flowloss.Config(**saved["config"])
-    real = held_out_robots(made, 1)[0]
+    cfg = flowloss.Config()
+    real = held_out_robots(cfg, 1)[0]
     weights = [saved["base"], saved["kept"][max(saved["kept"])]["gated"]]
     pair = []
     for w in weights:
         base.load_state_dict(w)
-        pair.append(flowloss.generate(base.eval(), to_float(real[:, 0]), made.steps, 0, "robot")[0])
+        pair.append(made_by(cfg, base, to_float(real[:, 0]))[0])
     columns["base / FlowLoss"] = pair
 
     args.clips = 48
@@ -1370,6 +1434,7 @@ PARTS = {
     "biflow-imagenet": biflow_imagenet,
     "ship-biflow": ship_biflow,
     "flowloss-base": flowloss_base,
+    "flowloss-estimator": flowloss_estimator,
     "flowloss-tricks": flowloss_tricks,
     "flowloss-tune": flowloss_tune,
     "flowloss-verdict": flowloss_verdict,
