@@ -463,7 +463,7 @@ def train_base(cfg, raft, out, device):
     some = to_float(torch.cat([general_clips(cfg, step) for step in range(1, 51)]))
     net.mean.fill_(some.mean())
     net.std.fill_(some.std())
-    optimizer = torch.optim.AdamW(net.parameters(), cfg.lr)
+    optimizer = torch.optim.AdamW(net.parameters(), cfg.lr, fused=device.type != "mps")
     saved = common.restore(out / "base.pt", "flowloss", cfg, base=net, optimizer=optimizer)
     log = common.Log(cfg.base_iters, saved["step"], saved["log"], "base model")
     if cfg.compile:
@@ -536,7 +536,7 @@ def finetune(cfg, base, raft, clips, out, device):
     """
     nets = nn.ModuleDict({name: copy.deepcopy(base) for name in METHODS}).requires_grad_()
     average = AveragedModel(nets, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
-    optimizer = torch.optim.AdamW(nets.parameters(), cfg.tune_lr)
+    optimizer = torch.optim.AdamW(nets.parameters(), cfg.tune_lr, fused=device.type != "mps")
     raft.requires_grad_(False)
     saved = common.restore(
         out / "ckpt.pt", "flowloss", cfg, nets=nets, average=average, optimizer=optimizer)
