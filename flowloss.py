@@ -43,7 +43,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torchvision.utils import flow_to_image
 from tqdm import tqdm
 
@@ -535,7 +535,7 @@ def finetune(cfg, base, raft, clips, out, device):
     Returns the averaged weights at every point: {step: {objective: state_dict}}.
     """
     nets = nn.ModuleDict({name: copy.deepcopy(base) for name in METHODS}).requires_grad_()
-    average = AveragedModel(nets, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
+    average = AveragedModel(nets, multi_avg_fn=common.ema_decay(cfg.ema))
     optimizer = torch.optim.AdamW(nets.parameters(), cfg.tune_lr, fused=device.type != "mps")
     raft.requires_grad_(False)
     saved = common.restore(
