@@ -1075,43 +1075,64 @@ def karras_sigmas(steps, low=0.002, high=80.0, rho=7.0):
 
 # ---------------------------------------- what a run writes
 
-def run_name(script, dataset):
-    return f"{script}-" + re.sub(r"[^\w.-]+", "_", Path(dataset).name)
+def run_folder(script, cfg, source):
+    """--out_dir, else out/SCRIPT-DATASET, of rendered clips out/SCRIPT-DATASET-procedural."""
+    name = f"{script}-" + re.sub(r"[^\w.-]+", "_", Path(cfg.dataset).name)
+    if source == "procedural":
+        name += "-procedural"
+    return Path(cfg.out_dir or f"out/{name}")
 
 def find_run(script, dataset, out_dir):
-    """The folder of an earlier run, or None: out_dir, else out/SCRIPT-DATASET[-procedural]."""
-    name = run_name(script, dataset)
-    candidates = [Path("out", name), Path("out", f"{name}-procedural")]
-    if out_dir:
-        candidates = [Path(out_dir)]
-    found = [p for p in candidates if (p / "config.json").exists()]
+    """The folder of an earlier run, or None; of two, that in which something was trained."""
+    cfg = argparse.Namespace(dataset=dataset, out_dir=out_dir)
+    folders = {run_folder(script, cfg, source) for source in ("real", "procedural")}
+    found = [p for p in sorted(folders) if (p / "config.json").exists()]
+    trained = [p for p in found if holds_weights(p)]
+    found = trained or found
     if len(found) == 2:
         raise Fault(f"{found[0]} and {found[1]} both hold a run; name one of them by --out_dir")
     return found[0] if found else None
 
-def open_run(script, cfg, train, test, trained=True):
+def holds_weights(out):
+    """Whether something was trained in this folder."""
+    return any(out.glob("*.pt"))
+
+def source_of(cfg):
+    """Where load_clips will take its clips from: 'real' or 'procedural'."""
+    if any(p.is_dir() for p in places(cfg.dataset, cfg.data_dir)):
+        return "real"
+    return "procedural"
+
+def check_folder(script, cfg, source):
+    """Before the work: that a new run can be written and overwrites no trained one. Raises Fault.
+
+    A folder in which nothing was trained is written over: samples, or a run that was killed.
+    """
+    if cfg.resume or cfg.eval_only:
+        return
+    out = run_folder(script, cfg, source)
+    there = [p for p in (out, *out.parents) if os.path.exists(p)][0]
+    if not os.path.isdir(there) or not os.access(there, os.W_OK):
+        raise Fault(f"cannot write into {there}: name another folder by --out_dir")
+    if holds_weights(out):
+        raise Fault(f"{out} holds an earlier run: --resume continues it, --eval_only evaluates it "
+                    "again, --out_dir names another folder")
+    if (out / "config.json").exists():
+        read_config(out, script)  # what another program wrote is not written over
+
+def open_run(script, cfg, train, test):
     """The output folder, with the settings and a record of the clips in config.json. Raises Fault.
 
-    A folder that holds a run which trained is never overwritten; one that only sampled is. A run
-    that goes on must find the same clips.
+    A run that goes on must find the same clips.
     """
+    data = data_record(train, test)
     if cfg.resume or cfg.eval_only:
         out = Path(cfg.out_dir)
         check_record(train, test, read_config(out, script)["data"], out)
         return out
-    name = run_name(script, cfg.dataset)
-    if train.paths is None:
-        name += "-procedural"
-    out = Path(cfg.out_dir or f"out/{name}")
-    has_config = (out / "config.json").exists()
-    has_run = has_config or (out / "ckpt.pt").exists()
-    if has_config and not trained and not (out / "ckpt.pt").exists():
-        has_run = read_config(out, script)["config"]["train"]  # else there are mere samples
-    if has_run:
-        raise Fault(f"{out} holds an earlier run: --resume continues it, --eval_only evaluates it "
-                    "again, --out_dir names another folder")
-    made = dict(script=script, format=FORMAT, config=asdict(cfg), data=data_record(train, test))
-    save_json(out / "config.json", made)
+    check_folder(script, cfg, data["source"])
+    out = run_folder(script, cfg, data["source"])
+    save_json(out / "config.json", dict(script=script, format=FORMAT, config=asdict(cfg), data=data))
     return out
 
 def read_json(path):

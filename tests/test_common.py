@@ -5,11 +5,13 @@ import hashlib
 import importlib
 import json
 import math
+import os
 import pickle
 import shutil
 import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +21,7 @@ from PIL import Image
 
 import common
 from common import Fault, opt
+from conftest import content
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Small:
     resume: bool = opt(False, "go on", free=True)
     eval_only: bool = opt(False, "again", free=True)
     out_dir: str = opt("", "folder", free=True)
+    data_dir: str = opt("", "clips", free=True)
 
 
 def parse(flags="", presets={"tiny": {}, "small": dict(size=64, lr=0.2)}):
@@ -321,6 +325,8 @@ def test_of_two_usual_folders_one_must_be_named(made):
     with says("out/a-sky and out/a-sky-procedural both hold a run; .*--out_dir"):
         parse("--eval_only")
     assert parse("--eval_only --out_dir out/a-sky").out_dir == "out/a-sky"
+    Path("out/a-sky-procedural/ckpt.pt").write_bytes(b"weights")
+    assert parse("--eval_only").out_dir == "out/a-sky-procedural"  # the other trained nothing
 
 
 @pytest.mark.parametrize("config, text", [
@@ -341,36 +347,53 @@ def test_a_new_run_notes_its_settings_and_its_clips(made):
     assert config["data"] == {"source": "procedural"}
 
 
-@pytest.mark.parametrize("name", ["config.json", "ckpt.pt"])
-def test_a_new_run_never_goes_into_a_folder_that_holds_one(made, name):
-    (made / "config.json").rename(made / name)
-    before = (made / name).read_bytes()
-    with says("o holds an earlier run: --resume .*--eval_only .*--out_dir"):
-        common.open_run("a", Small(out_dir="o"), numbered(3), numbered(3))
-    assert [p.name for p in made.iterdir()] == [name] and (made / name).read_bytes() == before
-
-
-def test_a_run_that_only_sampled_may_be_written_over(made):
+@pytest.mark.parametrize("name", ["ckpt.pt", "raft.pt"])
+def test_a_new_run_never_goes_into_a_folder_in_which_something_was_trained(made, name):
+    (made / name).write_bytes(b"weights")
+    before = content(made)
     cfg = Small(out_dir="o")
-    config = json.loads((made / "config.json").read_text())
-    config["config"]["train"] = True  # stopped before its first save
-    (made / "config.json").write_text(json.dumps(config))
-    with says("o holds an earlier run"):
-        common.open_run("a", cfg, numbered(3), numbered(3), trained=False)
-    config["config"]["train"] = False
-    (made / "config.json").write_text(json.dumps(config))
-    common.open_run("a", cfg, numbered(3), numbered(3), trained=False)
-    (made / "ckpt.pt").write_bytes(b"x")
-    with says("o holds an earlier run"):
-        common.open_run("a", cfg, numbered(3), numbered(3), trained=False)
+    for start in (lambda: common.check_folder("a", cfg, "procedural"),
+                  lambda: common.open_run("a", cfg, numbered(3), numbered(3))):
+        with says("o holds an earlier run: --resume .*--eval_only .*--out_dir"):
+            start()
+    assert content(made) == before
+
+
+def test_a_run_that_trained_nothing_is_started_again(made):
+    assert common.open_run("a", parse("--size 24 --out_dir o"), numbered(3), numbered(3)) == made
+    assert json.loads((made / "config.json").read_text())["config"]["size"] == 24
+
+
+def test_a_folder_of_another_program_is_not_written_over(made):
+    (made / "config.json").write_text('{"architectures": ["UNet"]}')
+    with says("another version"):
+        common.check_folder("a", Small(out_dir="o"), "real")
+    (made / "config.json").write_text(f'{{"format": {common.FORMAT}, "script": "b"}}')
+    with says(r"written by b\.py, not a\.py"):
+        common.open_run("a", Small(out_dir="o"), numbered(3), numbered(3))
+
+
+def test_the_folder_of_a_run_has_the_name_of_its_clips(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = parse("--dataset some/my:set")
+    assert common.source_of(cfg) == "procedural"
+    assert common.run_folder("a", cfg, "procedural") == Path("out/a-my_set-procedural")
+    Path("data/some/my:set").mkdir(parents=True)
+    assert common.source_of(cfg) == "real"
+    assert common.run_folder("a", cfg, "real") == Path("out/a-my_set")
 
 
 def test_a_folder_that_cannot_be_written_is_a_fault(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("not a folder")
     with says("cannot write file/below/config.json"):
-        common.open_run("a", Small(out_dir="file/below"), numbered(3), numbered(3))
-    assert (tmp_path / "file").read_text() == "not a folder"
+        common.save_json(Path("file/below/config.json"), {})
+    with says("cannot write into file: .*--out_dir"):
+        common.check_folder("a", Small(out_dir="file/below"), "real")
+    monkeypatch.setattr(os, "access", lambda path, how: False)
+    with says("cannot write into .: .*--out_dir"):
+        common.check_folder("a", Small(out_dir="o/below"), "real")
+    assert (tmp_path / "file").read_text() == "not a folder" and len(list(tmp_path.iterdir())) == 1
 
 
 # ---------------------------------------- what a run writes

@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
 import biflow
 import common
@@ -171,11 +172,35 @@ def test_a_full_disk_is_one_line(script, runner, monkeypatch):
 
 # ---------------------------------------- a folder that holds a run
 
-def test_a_second_run_into_a_folder_is_refused_and_changes_nothing(script, runner, whole):
-    out = shutil.copytree(whole(script), "o")
-    before = content(Path(out))
+def test_killed_before_its_first_save_a_run_starts_again_and_goes_on(script, runner, monkeypatch):
+    def dies():
+        raise Killed
+
+    run = runner(script)
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        at_first_step(m, dies)
+        run("--out_dir", "o", "--seed", 5)
+    assert content(Path("o")).keys() == {"config.json"}
+    tqdm._instances.clear()
+    for flags in (["--resume"], [*TINY[script.__name__], "--seed", 6]):
+        with monkeypatch.context() as m:
+            at_first_step(m, ctrl_c)
+            assert run("--out_dir", "o", *flags, tiny=False)[0] == 130
+        seed = json.loads(Path("o/config.json").read_text())["config"]["seed"]
+        assert seed == (5 if flags == ["--resume"] else 6)
+        for path in Path("o").glob("*.pt"):
+            assert torch.load(path, weights_only=True)["config"]["seed"] == seed
+            path.unlink()
+
+
+def test_a_folder_is_refused_before_any_clip_is_rendered(script, runner, monkeypatch):
+    monkeypatch.setattr(common, "render", lambda *_, **__: pytest.fail("rendered"))
+    Path("o").mkdir()
+    Path("o/ckpt.pt").write_bytes(b"weights")
     refused(runner(script)("--out_dir", "o"), "o holds an earlier run", "--resume")
-    assert content(Path(out)) == before
+    Path("file").touch()
+    refused(runner(script)("--out_dir", "file/o"), "cannot write into file", "--out_dir")
+    assert content(Path()) == {"file": b"", "o/ckpt.pt": b"weights"}
 
 
 @pytest.mark.parametrize("how", ["--resume", "--eval_only"])
