@@ -730,6 +730,7 @@ def main():
     device = common.pick_device(cfg.device)
     if cfg.first:
         return continue_picture(cfg, device)
+    common.check_folder("biflow", cfg, common.source_of(cfg))
     train_clips, test_clips, source = common.load_clips(
         cfg.dataset, cfg.data_dir, cfg.size, (cfg.clips, 256), WINDOW, cfg.seed)
     for clips in (train_clips, test_clips):
