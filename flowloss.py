@@ -775,6 +775,7 @@ def main():
             setattr(cfg, name, saved["config"][name])
         print(f"flow estimator and base model: {path}, {cfg.frames} frames of {cfg.size} pixels")
     check(cfg)
+    common.check_folder("flowloss", cfg, common.source_of(cfg))
     train_clips, test_clips, source = common.load_clips(
         cfg.dataset, cfg.data_dir, cfg.size, (cfg.clips, 96), cfg.frames, cfg.seed,
         min_frames=cfg.frames)
