@@ -500,6 +500,7 @@ def main():
         common.save_gif(gif, videos, width=96, ms=150)
         print(f"wrote {gif}")
         return
+    common.check_folder("flowmo", cfg, common.source_of(cfg))
     counts = (cfg.clips if trains else 2, 512)  # sampling needs no training clips
     train_clips, test_clips, source = common.load_clips(
         cfg.dataset, cfg.data_dir, cfg.size, counts, cfg.frames, cfg.seed, min_frames=cfg.frames)
@@ -508,7 +509,7 @@ def main():
         captions = common.captions_of(train_clips, cfg.dataset)
     else:
         common.check_words(test_captions, words)
-    out = common.open_run("flowmo", cfg, train_clips, test_clips, trained=cfg.train)
+    out = common.open_run("flowmo", cfg, train_clips, test_clips)
     print(f"preset {cfg.preset} on {device}, {len(train_clips)} + {len(test_clips)} {source} clips")
 
     if trains:
