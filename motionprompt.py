@@ -802,6 +802,7 @@ def main():
         common.save_gif(gif, videos, width=96, ms=150)
         print(f"wrote {gif}")
         return
+    common.check_folder("motionprompt", cfg, common.source_of(cfg))
     counts = (4 * cfg.fakes if trains else 2, 512)  # sampling needs no training clips
     world = {"steady": 1.0} if cfg.dataset == "sprites" else {}  # real video has no flaws
     train_clips, test_clips, source = common.load_clips(
@@ -812,7 +813,7 @@ def main():
     if source == "procedural":
         captions = [common.strip_quality_words(caption) for caption in captions]
         test_captions = [common.strip_quality_words(caption) for caption in test_captions]
-    out = common.open_run("motionprompt", cfg, train_clips, test_clips, trained=cfg.train)
+    out = common.open_run("motionprompt", cfg, train_clips, test_clips)
     print(f"preset {cfg.preset} on {device}, {len(train_clips)} + {len(test_clips)} {source} clips")
 
     if trains:
