@@ -67,16 +67,10 @@ def parse_args(script, Config, presets, doc, argv=None):
     if given.get("resume") or given.get("eval_only"):
         cfg = settings_of_run(script, Config, given)
     else:
-        preset = given.get("preset", "auto")
-        if preset == "auto":
-            trains = given.get("train", False)  # else it starts from a shipped model: tiny
-            if not hasattr(Config, "train"):
-                trains = "first" not in given
-            on_gpu = torch.cuda.is_available() and given.get("device") != "cpu"
-            preset = "small" if on_gpu and trains else "tiny"
+        preset = given.get("preset", Config.preset)
         if preset not in presets:
             raise Fault(f"--preset {preset}: unknown; choose one of {', '.join(presets)}")
-        cfg = Config(**{**presets[preset], **given, "preset": preset})
+        cfg = Config(**{**presets[preset], **given})
     check_ranges(cfg)
     return cfg
 
@@ -125,18 +119,17 @@ def run(main):
         sys.exit(130)
 
 def pick_device(name):
-    """'auto' -> cuda, mps or cpu, whichever is there; a device that is not there is a Fault."""
+    """The device of this name; 'auto': cuda if it is there, else cpu. Raises Fault."""
     if name == "auto":
-        name = "cpu"
-        if torch.backends.mps.is_available():
-            name = "mps"
-        if torch.cuda.is_available():
-            name = "cuda"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        reason = str(e).splitlines()[0]
+        reason = re.split(r"\n|\. ", str(e))[0]  # torch lists all it knows
         raise Fault(f"--device {name} cannot be used here ({reason}); try --device cpu")
+    if name.startswith("mps"):
+        print("warning: --device mps was never tried; torch lacks the backward of grid_sample "
+              "there, and before 2.8 ConvTranspose3d", file=sys.stderr)
     return torch.device(name)
 
 # ---------------------------------------- real clips
@@ -1132,7 +1125,8 @@ def open_run(script, cfg, train, test):
         return out
     check_folder(script, cfg, data["source"])
     out = run_folder(script, cfg, data["source"])
-    save_json(out / "config.json", dict(script=script, format=FORMAT, config=asdict(cfg), data=data))
+    made = dict(script=script, format=FORMAT, config=asdict(cfg), data=data)
+    save_json(out / "config.json", made)
     return out
 
 def read_json(path):

@@ -27,7 +27,7 @@ from conftest import content
 @dataclass
 class Small:
     dataset: str = opt("sky", "what")
-    preset: str = opt("auto", "one of two")
+    preset: str = opt("tiny", "one of two")
     size: int = opt(32, "pixels", 8, 64)
     lr: float = opt(0.1, "rate", 0, 1)
     kind: str = opt("a", "which")
@@ -217,14 +217,12 @@ def test_noise_is_the_same_for_the_same_key():
 
 # ---------------------------------------- the command line
 
-@pytest.mark.parametrize("script, flags, preset", [
-    ("biflow", "", "small"), ("biflow", "--device cpu", "tiny"), ("biflow", "--first a", "tiny"),
-    ("flowmo", "", "tiny"), ("flowmo", "--train", "small"), ("flowmo", "--no-train", "tiny")])
-def test_on_a_gpu_the_preset_is_small_where_the_run_trains(monkeypatch, script, flags, preset):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+@pytest.mark.parametrize("script", ["biflow", "flowloss", "flowmo", "motionprompt"])
+def test_the_preset_is_tiny_on_every_device(monkeypatch, script):
     module = importlib.import_module(script)
-    cfg = common.parse_args(script, module.Config, module.PRESETS, "", flags.split())
-    assert cfg.preset == preset
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+        assert common.parse_args(script, module.Config, module.PRESETS, "", []).preset == "tiny"
 
 
 def test_what_is_given_goes_over_the_preset_and_that_over_the_default():
@@ -266,9 +264,23 @@ def test_a_list_of_numbers_is_checked_one_by_one():
             common.check_list(Small(kind=kind), "kind", float, 0, 1)
 
 
-def test_a_device_that_is_not_there_is_a_fault():
-    with says("--device nonsense cannot be used here .*try --device cpu"):
-        common.pick_device("nonsense")
+@pytest.mark.parametrize("name", ["nonsense", "meta", "mps"])
+def test_a_device_that_cannot_be_used_is_a_fault(name):
+    with says(f"--device {name} cannot be used here .*try --device cpu") as fault:
+        common.pick_device(name)
+    assert len(str(fault.value)) < 500
+
+
+def test_mps_is_taken_where_it_is_asked_for_alone_and_what_it_lacks_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert common.pick_device("auto").type == "cpu"
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))
+    assert capsys.readouterr().err == "" and common.pick_device("mps").type == "mps"
+    warning, = capsys.readouterr().err.splitlines()
+    assert "never tried" in warning and "grid_sample" in warning and "ConvTranspose3d" in warning
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert common.pick_device("auto").type == "cuda" and capsys.readouterr().err == ""
 
 
 # ---------------------------------------- a run goes on
