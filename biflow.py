@@ -51,12 +51,12 @@ SAVE_EVERY = 500  # training steps
 class Config:
     dataset: str = opt("sky", "sky, biking, riding, carla, minerl, or a folder in --data_dir")
     data_dir: str = opt("", "where DATASET/{train,test}/ lies; empty: data", free=True)
-    preset: str = opt("auto", "tiny (two CPU cores), small (one GPU), paper; auto: by device")
+    preset: str = opt("tiny", "tiny (two CPU cores), small (one GPU, never run to its end), paper")
     first: str = opt("", "a picture to continue, by the run in the output folder", free=True)
     resume: bool = opt(False, "go on with the run in the output folder", free=True)
     eval_only: bool = opt(False, "evaluate the run in the output folder again", free=True)
     out_dir: str = opt("", "empty: out/biflow-DATASET[-procedural]", free=True)
-    device: str = opt("auto", "auto, cpu, cuda, mps", free=True)
+    device: str = opt("auto", "auto (cuda if it is there, else cpu), cpu, cuda, mps", free=True)
     compile: bool = opt(False, "torch.compile the networks", free=True)
     amp: bool = opt(False, "bfloat16 autocast inside the networks")
     methods: str = opt("flow,condiff,biflow", "what to train and compare; --resume may add one",
