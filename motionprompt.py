@@ -55,7 +55,7 @@ SAVE_EVERY = 500  # training steps
 class Config:
     dataset: str = opt("sprites", "sprites, or a folder of your captioned clips in --data_dir")
     data_dir: str = opt("", "where DATASET/{train,test}/ lies; empty: data", free=True)
-    preset: str = opt("auto", "tiny (two CPU cores), small (one GPU), paper; auto: by device")
+    preset: str = opt("tiny", "tiny (two CPU cores), small (one GPU, never run to its end), paper")
     prompt: str = opt("", "sample this, with and without MotionPrompt: one gif", free=True)
     train: bool = opt(False, "train flow estimator and discriminator first")
     model: str = opt("", "a ckpt.pt of flowmo.py --train; empty: the shipped one")
@@ -63,7 +63,7 @@ class Config:
     resume: bool = opt(False, "go on with the training in the output folder", free=True)
     eval_only: bool = opt(False, "evaluate the run in the output folder again", free=True)
     out_dir: str = opt("", "empty: out/motionprompt-DATASET[-procedural]", free=True)
-    device: str = opt("auto", "auto, cpu, cuda, mps", free=True)
+    device: str = opt("auto", "auto (cuda if it is there, else cpu), cpu, cuda, mps", free=True)
     compile: bool = opt(False, "torch.compile the video model", free=True)
     amp: bool = opt(False, "bfloat16 autocast inside the video model")
     seed: int = opt(0, "of weights, data, noise and prompts", 0, 2**31)
