@@ -53,16 +53,19 @@ def parse_args(script, Config, presets, doc, argv=None):
     parser = Parser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in fields(Config):
-        defaults = [f"{f.default}"]
-        if any(f.name in values for values in presets.values()):
-            defaults = [f"{p} {values.get(f.name, f.default)}" for p, values in presets.items()]
-        help = f"{f.metadata['help']} [{', '.join(defaults)}]".replace("%", "%%")
+        help = f.metadata["help"].replace("%", "%%")
+        if f.default != "":
+            help += f" [{f.default}]"
+        how = dict(type=f.type, metavar=f.type.__name__.upper())
         if f.type is bool:
             how = dict(action=argparse.BooleanOptionalAction)  # --amp, --no-amp
-        else:
-            how = dict(type=f.type, metavar=f.type.__name__.upper())
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **how)
     given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        if isinstance(value, str):
+            if not value.strip():  # as of a shell's variable that is not set
+                raise Fault(f"--{name} {value!r} is empty: leave the flag out, or say what")
+            given[name] = os.path.expanduser(value)  # of --flag=~ no shell does it
 
     if given.get("resume") or given.get("eval_only"):
         cfg = settings_of_run(script, Config, given)
@@ -71,30 +74,26 @@ def parse_args(script, Config, presets, doc, argv=None):
         if preset not in presets:
             raise Fault(f"--preset {preset}: unknown; choose one of {', '.join(presets)}")
         cfg = Config(**{**presets[preset], **given})
-    check_ranges(cfg)
-    return cfg
-
-def settings_of_run(script, Config, given):
-    """The Config of the run in the output folder, with the flags given that may change."""
-    out = find_run(script, given.get("dataset", Config.dataset), given.get("out_dir", ""))
-    if out is None:
-        where = given.get("out_dir") or "out/"
-        raise Fault(f"nothing to continue: {where} holds no run of {script}.py; name it by "
-                    "--out_dir, or run once without --resume and --eval_only")
-    saved = read_config(out, script)["config"]
-    for f in fields(Config):
-        if f.name in given and not f.metadata["free"] and given[f.name] != saved[f.name]:
-            raise Fault(f"--{f.name} {given[f.name]}: the run in {out} was trained with "
-                        f"{saved[f.name]}; leave the flag out, or name another --out_dir")
-    return Config(**{**saved, **given, "out_dir": str(out)})
-
-def check_ranges(cfg):
     for f in fields(cfg):
         value = getattr(cfg, f.name)
         low = f.metadata["low"]
         high = f.metadata["high"]
         if low is not None and not low <= value <= high:  # refuses nan, too
             raise Fault(f"--{f.name} {value}: must lie between {low} and {high}")
+    return cfg
+
+def settings_of_run(script, Config, given):
+    """The Config of the run in the output folder, with the flags given that may change."""
+    out = find_run(script, given.get("dataset", Config.dataset), given.get("out_dir", ""))
+    if out is None:
+        raise Fault(f"nothing to continue: {given.get('out_dir', 'out/')} holds no run of "
+                    f"{script}.py; --out_dir names another folder")
+    saved = read_config(out, script)["config"]
+    for f in fields(Config):
+        if f.name in given and not f.metadata["free"] and given[f.name] != saved[f.name]:
+            raise Fault(f"--{f.name} {given[f.name]}: the run in {out} was trained with "
+                        f"{saved[f.name]}; leave the flag out, or name another --out_dir")
+    return Config(**{**saved, **given, "out_dir": str(out)})
 
 def check_list(cfg, name, kind, low, high):
     """A field of numbers with commas between them: all in [low, high], else Fault."""
@@ -108,6 +107,9 @@ def check_list(cfg, name, kind, low, high):
 
 def run(main):
     """Call main(); a Fault or Ctrl-C ends in one line instead of a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # letters that its code page lacks are escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (Fault, FloatingPointError) as e:

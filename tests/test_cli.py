@@ -301,7 +301,7 @@ def interrupted_while_adding(run, method):
         return run("--out_dir", "o", "--resume", "--methods", method, tiny=False)[0]
 
 
-@pytest.mark.parametrize("methods", ["", "flow,flow", "Flow", "flow;biflow", "flow,"])
+@pytest.mark.parametrize("methods", ["flow,flow", "Flow", "flow;biflow", "flow,"])
 def test_methods_that_are_none_are_refused(run, methods):
     refused(run("--methods", methods), f"--methods {methods}", "flow, condiff, biflow")
 

@@ -3,12 +3,14 @@ import csv
 import errno
 import hashlib
 import importlib
+import io
 import json
 import math
 import os
 import pickle
 import shutil
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,13 +249,56 @@ def test_a_flag_that_is_unknown_or_out_of_its_range_is_a_fault(flags, text):
         parse(flags)
 
 
-def test_the_help_shows_every_flag_with_its_defaults_by_preset(capsys):
+def test_the_help_shows_every_flag_with_its_default(capsys):
     with pytest.raises(SystemExit) as stop:
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    for part in ("the doc", "pixels [tiny 32, small 64]", "100 % faster [False]", "to sample [4]"):
+    for part in ("the doc", "pixels [32]", "100 % faster [False]", "to sample [4]", "folder --"):
         assert part in text
+
+
+def test_an_empty_flag_is_a_fault_and_not_one_that_was_left_out():
+    for name in ("dataset", "preset", "kind", "device", "out_dir", "data_dir"):
+        for value in ("", " ", "\t\u3000"):
+            for flags in ([f"--{name}", value], ["--resume", f"--{name}={value}"]):
+                with says(f"--{name} .* is empty"):
+                    common.parse_args("a", Small, {"tiny": {}}, "", flags)
+
+
+def test_a_tilde_is_the_home_folder_in_every_flag(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    cfg = parse("--out_dir ~/runs/a --data_dir ~ --dataset=~/clips --kind a~b")
+    home = tmp_path / "home"
+    assert cfg.out_dir == str(home / "runs" / "a") and cfg.data_dir == str(home)
+    assert cfg.dataset == str(home / "clips") and cfg.kind == "a~b"
+    assert common.open_run("a", cfg, numbered(3), numbered(3)) == home / "runs" / "a"
+    assert parse("--resume --out_dir=~/runs/a").dataset == str(home / "clips")
+    assert [p.name for p in tmp_path.iterdir()] == ["home"]
+
+
+@pytest.mark.parametrize("encoding, shown", [
+    ("cp1252", b"\\u65e5\\u672c \xe9"), ("ascii", b"\\u65e5\\u672c \\xe9"),
+    ("utf-8", "\u65e5\u672c \xe9".encode())])
+def test_a_letter_that_a_terminal_lacks_is_escaped(monkeypatch, encoding, shown):
+    def main():
+        print("\u65e5\u672c \xe9")
+        raise Fault("\u65e5\u672c \xe9")
+
+    for name in ("stdout", "stderr"):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict", newline="\n")
+        monkeypatch.setattr(sys, name, stream)
+    with pytest.raises(SystemExit) as stop:
+        common.run(main)
+    printed = [sys.stdout, sys.stderr]
+    monkeypatch.undo()
+    for stream in printed:
+        stream.flush()
+    assert stop.value.code == 2
+    assert printed[0].buffer.getvalue() == shown + b"\n"
+    assert printed[1].buffer.getvalue() == b"error: " + shown + b"\n"
 
 
 def test_a_list_of_numbers_is_checked_one_by_one():

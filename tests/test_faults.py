@@ -5,6 +5,7 @@ How biflow.py is stopped and goes on is in test_cli.py.
 import ast
 import errno
 import functools
+import importlib.util
 import json
 import os
 import shutil
@@ -291,6 +292,14 @@ def test_every_number_has_a_range_and_is_refused_outside_it(script, runner):
     assert not list(Path().rglob("*"))
 
 
+def test_an_empty_word_is_refused_by_every_flag(script, runner):
+    run = runner(script)
+    for f in fields(script.Config):
+        if f.type is str:
+            refused(run(f"--{f.name}", ""), f"--{f.name} '' is empty")
+    assert not list(Path().rglob("*"))
+
+
 def test_the_help_fits_two_screens(script, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(sys, "argv", ["x.py", "--help"])
@@ -298,6 +307,34 @@ def test_the_help_fits_two_screens(script, monkeypatch, capsys):
         script.main()
     lines = capsys.readouterr().out.splitlines()
     assert 40 < len(lines) <= 100 and max(map(len, lines)) <= 100
+
+
+# ---------------------------------------- where the code lies
+
+def test_a_link_to_a_script_finds_the_shipped_models(script, tmp_path):
+    link = tmp_path / "linked.py"
+    link.symlink_to(ROOT / f"{script.__name__}.py")
+    spec = importlib.util.spec_from_file_location("linked", link)
+    linked = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(linked)
+    assert linked.SHIPPED == script.SHIPPED and linked.SHIPPED.exists()
+
+
+def test_the_scripts_work_in_a_package_beside_another_common(tmp_path):
+    (tmp_path / "package").mkdir()
+    for name in ("common", *TINY):
+        shutil.copy(ROOT / f"{name}.py", tmp_path / "package")
+    (tmp_path / "common.py").write_text("mine = True\n")
+    code = f"""
+import importlib
+import common
+for name in {list(TINY)}:
+    script = importlib.import_module("package." + name)
+    assert script.common.__name__ == "package.common" and script.Fault is script.common.Fault
+assert common.mine
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ---------------------------------------- the code
