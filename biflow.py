@@ -38,24 +38,28 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-import common
-from common import Fault, like, make_rng, opt, to_float, to_uint8
+if __package__:  # copied into a package of yours
+    from . import common
+    from .common import Fault, like, make_rng, opt, to_float, to_uint8
+else:
+    import common
+    from common import Fault, like, make_rng, opt, to_float, to_uint8
 
 WINDOW = 32  # frames over which a distance is measured (Sec. 3.1)
 STRIDE = 16  # frames from one window to the next (Sec. 3.1)
 CLIP = 8     # frames our features look at; a window is cut into such clips
-SHIPPED = Path(__file__).parent / "assets" / "models" / "biflow-sky.pt"
+SHIPPED = Path(__file__).resolve().parent / "assets" / "models" / "biflow-sky.pt"
 SAVE_EVERY = 500  # training steps
 
 @dataclass
 class Config:
     dataset: str = opt("sky", "sky, biking, riding, carla, minerl, or a folder in --data_dir")
-    data_dir: str = opt("", "where DATASET/{train,test}/ lies; empty: data", free=True)
+    data_dir: str = opt("", "where DATASET/{train,test}/ lies; else data", free=True)
     preset: str = opt("tiny", "tiny (two CPU cores), small (one GPU, never run to its end), paper")
     first: str = opt("", "a picture to continue, by the run in the output folder", free=True)
     resume: bool = opt(False, "go on with the run in the output folder", free=True)
     eval_only: bool = opt(False, "evaluate the run in the output folder again", free=True)
-    out_dir: str = opt("", "empty: out/biflow-DATASET[-procedural]", free=True)
+    out_dir: str = opt("", "else out/biflow-DATASET[-procedural]", free=True)
     device: str = opt("auto", "auto (cuda if it is there, else cpu), cpu, cuda, mps", free=True)
     compile: bool = opt(False, "torch.compile the networks", free=True)
     amp: bool = opt(False, "bfloat16 autocast inside the networks")
