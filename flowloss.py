@@ -47,8 +47,12 @@ from torch.optim.swa_utils import AveragedModel
 from torchvision.utils import flow_to_image
 from tqdm import tqdm
 
-import common
-from common import Fault, edm_weight, like, make_rng, opt, to_float, to_uint8
+if __package__:  # copied into a package of yours
+    from . import common
+    from .common import Fault, edm_weight, like, make_rng, opt, to_float, to_uint8
+else:
+    import common
+    from common import Fault, edm_weight, like, make_rng, opt, to_float, to_uint8
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "models" / "flowloss-robot.pt"
 SAVE_EVERY = 500  # training steps
@@ -64,7 +68,7 @@ class Config:
     model: str = opt("", "a base.pt of --train to start from; empty: the shipped one")
     resume: bool = opt(False, "go on with the run in the output folder", free=True)
     eval_only: bool = opt(False, "evaluate the run in the output folder again", free=True)
-    out_dir: str = opt("", "empty: out/flowloss-DATASET[-procedural]", free=True)
+    out_dir: str = opt("", "else out/flowloss-DATASET[-procedural]", free=True)
     device: str = opt("auto", "auto (cuda if it is there, else cpu), cpu, cuda, mps", free=True)
     compile: bool = opt(False, "torch.compile the video networks", free=True)
     amp: bool = opt(False, "bfloat16 autocast inside the networks")
