@@ -41,8 +41,12 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-import common
-from common import Fault, like, make_rng, opt, to_float, to_uint8
+if __package__:  # copied into a package of yours
+    from . import common
+    from .common import Fault, like, make_rng, opt, to_float, to_uint8
+else:
+    import common
+    from common import Fault, like, make_rng, opt, to_float, to_uint8
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "models" / "sprites.pt"
 SAVE_EVERY = 500  # training steps
@@ -51,14 +55,14 @@ PLACE = 4  # a place of the paper's latent is 8x8 pixels; 4x4 of these small cli
 @dataclass
 class Config:
     dataset: str = opt("sprites", "sprites, or a folder of your captioned clips in --data_dir")
-    data_dir: str = opt("", "where DATASET/{train,test}/ lies; empty: data", free=True)
+    data_dir: str = opt("", "where DATASET/{train,test}/ lies; else data", free=True)
     preset: str = opt("tiny", "tiny (two CPU cores), small (one GPU, never run to its end), paper")
     prompt: str = opt("", "sample this, without and with FlowMo: one gif", free=True)
     train: bool = opt(False, "train a text-to-video model first")
     model: str = opt("", "a ckpt.pt of --train to sample from; empty: the shipped one")
     resume: bool = opt(False, "go on with the training in the output folder", free=True)
     eval_only: bool = opt(False, "evaluate the run in the output folder again", free=True)
-    out_dir: str = opt("", "empty: out/flowmo-DATASET[-procedural]", free=True)
+    out_dir: str = opt("", "else out/flowmo-DATASET[-procedural]", free=True)
     device: str = opt("auto", "auto (cuda if it is there, else cpu), cpu, cuda, mps", free=True)
     compile: bool = opt(False, "torch.compile the network", free=True)
     amp: bool = opt(False, "bfloat16 autocast inside the network")
