@@ -44,8 +44,12 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import common
-from common import Fault, like, make_rng, opt, to_float, to_uint8
+if __package__:  # copied into a package of yours
+    from . import common
+    from .common import Fault, like, make_rng, opt, to_float, to_uint8
+else:
+    import common
+    from common import Fault, like, make_rng, opt, to_float, to_uint8
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "models" / "motionprompt.pt"
 VIDEO_MODEL = SHIPPED.with_name("sprites.pt")
@@ -54,15 +58,15 @@ SAVE_EVERY = 500  # training steps
 @dataclass
 class Config:
     dataset: str = opt("sprites", "sprites, or a folder of your captioned clips in --data_dir")
-    data_dir: str = opt("", "where DATASET/{train,test}/ lies; empty: data", free=True)
+    data_dir: str = opt("", "where DATASET/{train,test}/ lies; else data", free=True)
     preset: str = opt("tiny", "tiny (two CPU cores), small (one GPU, never run to its end), paper")
     prompt: str = opt("", "sample this, with and without MotionPrompt: one gif", free=True)
     train: bool = opt(False, "train flow estimator and discriminator first")
-    model: str = opt("", "a ckpt.pt of flowmo.py --train; empty: the shipped one")
-    disc: str = opt("", "a ckpt.pt of --train here; empty: the shipped one")
+    model: str = opt("", "a ckpt.pt of flowmo.py --train; else the shipped one")
+    disc: str = opt("", "a ckpt.pt of --train here; else the shipped one")
     resume: bool = opt(False, "go on with the training in the output folder", free=True)
     eval_only: bool = opt(False, "evaluate the run in the output folder again", free=True)
-    out_dir: str = opt("", "empty: out/motionprompt-DATASET[-procedural]", free=True)
+    out_dir: str = opt("", "else out/motionprompt-DATASET[-procedural]", free=True)
     device: str = opt("auto", "auto (cuda if it is there, else cpu), cpu, cuda, mps", free=True)
     compile: bool = opt(False, "torch.compile the video model", free=True)
     amp: bool = opt(False, "bfloat16 autocast inside the video model")
