@@ -59,7 +59,7 @@ class Config:
     first: str = opt("", "a picture to continue, by the run in the output folder", free=True)
     resume: bool = opt(False, "go on with the run in the output folder", free=True)
     eval_only: bool = opt(False, "evaluate the run in the output folder again", free=True)
-    out_dir: str = opt("", "else out/biflow-DATASET[-procedural]", free=True)
+    out_dir: str = opt("", "the run's folder; else out/biflow-DATASET[-procedural]", free=True)
     device: str = opt("auto", "auto (cuda if it is there, else cpu), cpu, cuda, mps", free=True)
     compile: bool = opt(False, "torch.compile the networks", free=True)
     amp: bool = opt(False, "bfloat16 autocast inside the networks")
