@@ -62,7 +62,7 @@ class Config:
     model: str = opt("", "a ckpt.pt of --train to sample from; empty: the shipped one")
     resume: bool = opt(False, "go on with the training in the output folder", free=True)
     eval_only: bool = opt(False, "evaluate the run in the output folder again", free=True)
-    out_dir: str = opt("", "else out/flowmo-DATASET[-procedural]", free=True)
+    out_dir: str = opt("", "the run's folder; else out/flowmo-DATASET[-procedural]", free=True)
     device: str = opt("auto", "auto (cuda if it is there, else cpu), cpu, cuda, mps", free=True)
     compile: bool = opt(False, "torch.compile the network", free=True)
     amp: bool = opt(False, "bfloat16 autocast inside the network")
