@@ -56,7 +56,7 @@ PLACE = 4  # a place of the paper's latent is 8x8 pixels; 4x4 of these small cli
 class Config:
     dataset: str = opt("sprites", "sprites, or a folder of your captioned clips in --data_dir")
     data_dir: str = opt("", "where DATASET/{train,test}/ lies; else data", free=True)
-    preset: str = opt("tiny", "tiny (two CPU cores), small (one GPU, never run to its end), paper")
+    preset: str = opt("tiny", "tiny (two CPU cores), small (one GPU, never run to its end)")
     prompt: str = opt("", "sample this, without and with FlowMo: one gif", free=True)
     train: bool = opt(False, "train a text-to-video model first")
     model: str = opt("", "a ckpt.pt of --train to sample from; empty: the shipped one")

@@ -59,7 +59,7 @@ SAVE_EVERY = 500  # training steps
 class Config:
     dataset: str = opt("sprites", "sprites, or a folder of your captioned clips in --data_dir")
     data_dir: str = opt("", "where DATASET/{train,test}/ lies; else data", free=True)
-    preset: str = opt("tiny", "tiny (two CPU cores), small (one GPU, never run to its end), paper")
+    preset: str = opt("tiny", "tiny (two CPU cores), small (one GPU, never run to its end)")
     prompt: str = opt("", "sample this, with and without MotionPrompt: one gif", free=True)
     train: bool = opt(False, "train flow estimator and discriminator first")
     model: str = opt("", "a ckpt.pt of flowmo.py --train; else the shipped one")
