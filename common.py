@@ -577,20 +577,6 @@ def ease(a):
     a = a.clip(0, 1)
     return (10 * a**3 - 15 * a**4 + 6 * a**5)[:, None]
 
-def two_links(base, wrist, link, side):
-    """An arm from base (2,) to wrist (T, 2): its elbow (T, 2), both links' angles (T,).
-
-    link: length of each, pixels. side: 1 or -1, to which side the elbow points.
-    """
-    apart = wrist - base
-    distance = np.hypot(apart[:, 0], apart[:, 1])
-    bend = np.arccos((distance / (2 * link)).clip(0, 1))  # two equal sides
-    upper = np.arctan2(apart[:, 1], apart[:, 0]) + bend * side
-    elbow = base + link * np.stack([np.cos(upper), np.sin(upper)], 1)
-    rest = wrist - elbow
-    lower = np.arctan2(rest[:, 1], rest[:, 0])
-    return elbow, upper, lower
-
 def stripes(rng, size, period):
     """A texture (1, 3) of one wave along a part. period: widths."""
     return np.array([[2 * np.pi / (period * size), 0, rng.uniform(0, 6.3)]])
@@ -623,9 +609,16 @@ def robot(rng, size, frames, flow=False, make="one", clock=None):
     # The arm hangs from above the picture.
     base_x = 0.5 if make == "one" else rng.uniform(0.25, 0.75)
     base = np.array([base_x, -0.12]) * size
-    wrist = tip - [0, 0.17 * size]
-    side = 1 if base_x <= 0.5 else -1
-    elbow, upper, lower = two_links(base, wrist, 0.47 * size, side)
+    wrist = tip - [0, 0.17 * size]  # (T, 2)
+    link = 0.47 * size  # the length of both links
+    side = 1 if base_x <= 0.5 else -1  # to which the elbow points
+    apart = wrist - base
+    distance = np.hypot(apart[:, 0], apart[:, 1])
+    bend = np.arccos((distance / (2 * link)).clip(0, 1))
+    upper = np.arctan2(apart[:, 1], apart[:, 0]) + bend * side  # angles, (T,)
+    elbow = base + link * np.stack([np.cos(upper), np.sin(upper)], 1)
+    rest = wrist - elbow
+    lower = np.arctan2(rest[:, 1], rest[:, 0])
 
     paint = rng.uniform(40, 230, 3)
     steel = (205, 205, 210)
