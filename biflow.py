@@ -88,9 +88,9 @@ PRESETS = {
         iters=6000, batch=64, size=64, clips=4000, width=72, mults="1,2,3", blocks=2,
         lr=5e-4, ema=0.999, amp=True, streams=64, frames=256,
     ),
-    # The released networks but for the clocks, 291 M parameters, BI-FLOW 259 M. Weights, averages,
-    # gradients and one optimizer: 10 GB beside the activations; a checkpoint: 9 GB. The authors train
-    # minerl and mazes at --size 64 --mults 1,1,2,2,4,4, and squash a frame to a square; we crop it.
+    # The released networks but for the clocks, 291 M parameters, BI-FLOW 259 M: 10 GB beside the
+    # activations, 9 GB a checkpoint. The authors train minerl and mazes at --size 64 --mults
+    # 1,1,2,2,4,4, and squash a frame to a square where we crop it.
     "paper": dict(
         iters=200000, batch=128, size=128, clips=4000, width=192, mults="1,1,2,2,2,4,4", blocks=2,
         patch=1, lr=1e-4, lr_end=1.0, ema=0.0, amp=True, streams=128, frames=512,
@@ -218,9 +218,9 @@ def hairer_first_step(field, x, slope, args, tol):
 def solve_heun(field, x, args=(), tol=1e-2, max_evals=2000):
     """Adaptive Heun 2(1) with an integral step-size controller, every sample at steps of its own.
 
-    field(x, k, *args) -> dx/dk, like x (B, ...), at k (B,); the rows of args follow the samples, and
-    a sample that has arrived leaves the batch. Returns x at k = 1, evaluations (B,) and tried steps
-    (B,). FloatingPointError: a broken field.
+    field(x, k, *args) -> dx/dk, like x (B, ...), at k (B,); the rows of args follow the samples: one
+    that has arrived leaves the batch. Returns x at k = 1, evaluations (B,) and tried steps (B,).
+    FloatingPointError: a broken field.
     """
     result = torch.empty_like(x)
     row = torch.arange(len(x), device=x.device)  # of result: where each sample of x belongs

@@ -66,7 +66,7 @@ class Config:
     disc: str = opt("", "a ckpt.pt of --train here; else the shipped one")
     resume: bool = opt(False, "go on with the training in the output folder", free=True)
     eval_only: bool = opt(False, "evaluate the run in the output folder again", free=True)
-    out_dir: str = opt("", "the run's folder; else out/motionprompt-DATASET[-procedural]", free=True)
+    out_dir: str = opt("", "else out/motionprompt-DATASET[-procedural]", free=True)
     device: str = opt("auto", "auto (cuda if it is there, else cpu), cpu, cuda, mps", free=True)
     compile: bool = opt(False, "torch.compile the video model", free=True)
     amp: bool = opt(False, "bfloat16 autocast inside the video model")
