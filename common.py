@@ -902,20 +902,6 @@ def ema_decay(decay):
 
     return torch.no_grad()(update)
 
-def prefetch(batches, steps):
-    """batches[step] for every step of the range `steps`, made by threads ahead of its use."""
-    ready = deque()
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    try:
-        for step in steps:
-            ready.append(pool.submit(batches.__getitem__, step))
-            if len(ready) > 8:
-                yield ready.popleft().result()
-        while ready:
-            yield ready.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
 def make_rng(seed, use, step):
     """Random numbers as a function of (seed, use, step): a resumed run goes on alike.
 

@@ -291,7 +291,8 @@ def loading():
         held, common.HELD = common.HELD, 0
         clips, _ = common.load_real("jpgs", root, CFG.size)
         common.HELD = held
-        batches = common.prefetch(common.Batches(clips, CFG.batch, 2, 0), range(60))
+        every = common.Batches(clips, CFG.batch, 2, 0)
+        batches = common.prefetched(lambda step: [every[step]], 0, 60, torch.device("cpu"))
         for _ in range(10):  # threads start
             next(batches)
         read = 50 * 2 * CFG.batch / clock(lambda: list(batches))
