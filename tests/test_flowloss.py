@@ -534,7 +534,7 @@ def test_clips_that_rest_give_no_flow_error_instead_of_nan(run, tmp_path, monkey
     ("--size 28", "--size 28: must be a multiple of 8"),
     ("--pairs 8", "--pairs 8: a clip of 8 frames has 7"),
     ("--psi -1", "--psi -1.0: must lie between"),
-    ("--first a.png", "--first takes a run that was fine-tuned: one of them alone"),
+    ("--first a.png", "--train makes a model, --model loads one, --first has its own: one alone"),
     ("--dataset nowhere", "no clips found: looked in data/nowhere"),
     ("--eval_only", "nothing to continue")])
 def test_bad_input_is_one_clear_line_and_exit_status_2(run, tmp_path, flags, says):
@@ -559,3 +559,9 @@ def test_the_shipped_flow_estimator_sees_motion_and_the_base_denoises():
         D = flowloss.denoise(base, y + 0.5 * randn(*y.shape), sigma, y[:, :, 0])
     assert recon_loss(D, y, sigma).item() < 0.15  # untrained: about 1
     assert set(saved["kept"][max(saved["kept"])]) == {"none", "gated"} and saved["made"]["command"]
+
+
+def test_of_a_world_whose_flow_is_not_known_the_estimator_finds_it(runner, tmp_path):
+    assert runner(flowloss)("--dataset", "sky", "--out_dir", "o")[0] == 0
+    rows = json.loads((tmp_path / "o" / "results.json").read_text())["rows"]
+    assert all(row["epe_floor"] is None and row["epe_moving"] > 0 for row in rows)
