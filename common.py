@@ -1,12 +1,11 @@
 """What the four scripts share: the command line, clips (real folders and procedural worlds),
-helpers for noise levels, and what every run writes. Nothing here belongs to one paper.
+helpers for noise levels, and what a run writes.
 
 Tensors: video (B, C, T, H, W) and frame (B, C, H, W), float in [-1, 1]; a stored clip is uint8
-(T, 3, H, W). Flow (2, H, W) in pixels, channel 0 = x (right), 1 = y (down):
-frame2(p + flow(p)) = frame1(p).
+(T, 3, H, W). Flow (2, H, W) in pixels, x (right) first, then y (down): frame2(p + flow(p)) =
+frame1(p).
 """
 import argparse
-import csv
 import hashlib
 import json
 import math
@@ -50,30 +49,28 @@ def parse_args(script, Config, presets, doc, argv=None):
     With --resume or --eval_only the settings of the run in the output folder take the place of the
     preset, and a flag that would change what was trained is refused.
     """
-    parser = Parser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=doc, formatter_class=raw, allow_abbrev=False)
     for f in fields(Config):
-        help = f.metadata["help"].replace("%", "%%")
-        if f.default != "":
-            help += f" [{f.default}]"
-        how = dict(type=f.type, metavar=f.type.__name__.upper())
+        how = dict(type=f.type)
         if f.type is bool:
             how = dict(action=argparse.BooleanOptionalAction)  # --amp, --no-amp
+        help = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **how)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         if isinstance(value, str):
-            if not value.strip():  # as of a shell's variable that is not set
+            if not value.strip():  # a shell's variable that is not set
                 raise Fault(f"--{name} {value!r} is empty: leave the flag out, or say what")
-            given[name] = os.path.expanduser(value)  # of --flag=~ no shell does it
+            given[name] = os.path.expanduser(value)  # no shell does it in --flag=~
 
+    preset = given.get("preset", Config.preset)
     if given.get("resume") or given.get("eval_only"):
         cfg = settings_of_run(script, Config, given)
-    else:
-        preset = given.get("preset", Config.preset)
-        if preset not in presets:
-            raise Fault(f"--preset {preset}: unknown; choose one of {', '.join(presets)}")
+    elif preset in presets:
         cfg = Config(**{**presets[preset], **given})
+    else:
+        raise Fault(f"--preset {preset}: unknown; choose one of {', '.join(presets)}")
     for f in fields(cfg):
         value = getattr(cfg, f.name)
         low = f.metadata["low"]
@@ -97,27 +94,26 @@ def settings_of_run(script, Config, given):
 
 def check_list(cfg, name, kind, low, high):
     """A field of numbers with commas between them: all in [low, high], else Fault."""
+    text = getattr(cfg, name)
     try:
-        values = [kind(v) for v in getattr(cfg, name).split(",")]
+        fits = all(low <= kind(v) <= high for v in text.split(","))
     except ValueError:
-        values = [math.nan]
-    if not all(low <= v <= high for v in values):
-        raise Fault(f"--{name} {getattr(cfg, name)}: must be numbers between {low} and {high}, "
-                    "separated by commas")
+        fits = False
+    if not fits:
+        raise Fault(f"--{name} {text}: must be numbers between {low} and {high}, with commas")
 
 def run(main):
     """Call main(); a Fault or Ctrl-C ends in one line instead of a traceback."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # letters that its code page lacks are escaped
+        if hasattr(stream, "reconfigure"):  # letters that a terminal lacks are escaped
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (Fault, FloatingPointError) as e:
-        tqdm.write(f"error: {e}", file=sys.stderr)  # on a line of its own, whatever bar is there
+        tqdm.write(f"error: {e}", file=sys.stderr)  # on a line of its own, below any bar
         sys.exit(2)
     except KeyboardInterrupt:
-        text = "interrupted; what was saved before is intact: --resume goes on"
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write("interrupted; what was saved is intact: --resume goes on", file=sys.stderr)
         sys.exit(130)
 
 def pick_device(name):
@@ -130,8 +126,8 @@ def pick_device(name):
         reason = re.split(r"\n|\. ", str(e))[0]  # torch lists all it knows
         raise Fault(f"--device {name} cannot be used here ({reason}); try --device cpu")
     if name.startswith("mps"):
-        print("warning: --device mps was never tried; torch lacks the backward of grid_sample "
-              "there, and before 2.8 ConvTranspose3d", file=sys.stderr)
+        print("warning: never tried on mps, which lacks the backward of grid_sample and, before "
+              "torch 2.8, ConvTranspose3d", file=sys.stderr)
     return torch.device(name)
 
 # ---------------------------------------- real clips
@@ -1049,88 +1045,89 @@ def karras_sigmas(steps, low=0.002, high=80.0, rho=7.0):
 
 # ---------------------------------------- what a run writes
 
-def run_folder(script, cfg, source):
+def run_folder(script, dataset, out_dir, source):
     """--out_dir, else out/SCRIPT-DATASET, of rendered clips out/SCRIPT-DATASET-procedural."""
-    name = f"{script}-" + re.sub(r"[^\w.-]+", "_", Path(cfg.dataset).name)
+    name = f"{script}-" + re.sub(r"[^\w.-]+", "_", Path(dataset).name)
     if source == "procedural":
         name += "-procedural"
-    return Path(cfg.out_dir or f"out/{name}")
+    return Path(out_dir or f"out/{name}")
 
 def find_run(script, dataset, out_dir):
-    """The folder of an earlier run, or None; of two, that in which something was trained."""
-    cfg = argparse.Namespace(dataset=dataset, out_dir=out_dir)
-    folders = {run_folder(script, cfg, source) for source in ("real", "procedural")}
+    """The folder of an earlier run, or None; of two, the one that trained. Raises Fault."""
+    folders = {run_folder(script, dataset, out_dir, source) for source in ("real", "procedural")}
     found = [p for p in sorted(folders) if (p / "config.json").exists()]
-    trained = [p for p in found if holds_weights(p)]
-    found = trained or found
+    found = [p for p in found if any(p.glob("*.pt"))] or found
     if len(found) == 2:
         raise Fault(f"{found[0]} and {found[1]} both hold a run; name one of them by --out_dir")
     return found[0] if found else None
 
-def holds_weights(out):
-    """Whether something was trained in this folder."""
-    return any(out.glob("*.pt"))
-
 def source_of(cfg):
     """Where load_clips will take its clips from: 'real' or 'procedural'."""
-    if any(p.is_dir() for p in places(cfg.dataset, cfg.data_dir)):
-        return "real"
-    return "procedural"
+    there = any(p.is_dir() for p in places(cfg.dataset, cfg.data_dir))
+    return "real" if there else "procedural"
 
 def check_folder(script, cfg, source):
-    """Before the work: that a new run can be written and overwrites no trained one. Raises Fault.
-
-    A folder in which nothing was trained is written over: samples, or a run that was killed.
-    """
+    """That a run can be written and overwrites no other but one without weights. Raises Fault."""
     if cfg.resume or cfg.eval_only:
         return
-    out = run_folder(script, cfg, source)
+    out = run_folder(script, cfg.dataset, cfg.out_dir, source)
     there = [p for p in (out, *out.parents) if os.path.exists(p)][0]
     if not os.path.isdir(there) or not os.access(there, os.W_OK):
         raise Fault(f"cannot write into {there}: name another folder by --out_dir")
-    if holds_weights(out):
+    if any(out.glob("*.pt")):
         raise Fault(f"{out} holds an earlier run: --resume continues it, --eval_only evaluates it "
                     "again, --out_dir names another folder")
     if (out / "config.json").exists():
-        read_config(out, script)  # what another program wrote is not written over
+        read_config(out, script)  # of another program it stays
 
 def open_run(script, cfg, train, test):
-    """The output folder, with the settings and a record of the clips in config.json. Raises Fault.
-
-    A run that goes on must find the same clips.
-    """
+    """The output folder, with settings and a record of the clips in config.json. Raises Fault."""
     data = data_record(train, test)
+    out = run_folder(script, cfg.dataset, cfg.out_dir, data["source"])
     if cfg.resume or cfg.eval_only:
-        out = Path(cfg.out_dir)
         check_record(train, test, read_config(out, script)["data"], out)
-        return out
-    check_folder(script, cfg, data["source"])
-    out = run_folder(script, cfg, data["source"])
-    made = dict(script=script, format=FORMAT, config=asdict(cfg), data=data)
-    save_json(out / "config.json", made)
+    else:
+        check_folder(script, cfg, data["source"])
+        made = dict(script=script, format=FORMAT, config=asdict(cfg), data=data)
+        save_json(out / "config.json", made)
     return out
 
-def read_json(path):
-    """A file that a run wrote. Raises Fault."""
+def read_made(path, script):
+    """What a run of this script wrote, .json or .pt; no code in it is run. Raises Fault."""
+    if not path.exists():
+        raise Fault(f"{path} is not there: name another, or let the run make it by --resume")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise Fault(f"{path} cannot be read ({type(e).__name__}): --resume or --eval_only writes "
-                    "it in the end, or name another --out_dir")
-
-def read_config(out, script):
-    """config.json of a run of this script and of this format. Raises Fault."""
-    made = read_json(out / "config.json")
-    check_made(out / "config.json", made, script)
+        if path.suffix == ".json":
+            made = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            made = torch.load(path, map_location="cpu", weights_only=True)
+        theirs = (made["script"], made["format"])
+    except Exception as e:  # truncated, garbage, a pickle with code: each raises something else
+        raise Fault(f"{path} is not a readable file of {script}.py ({type(e).__name__}); delete it "
+                    "or name another --out_dir")
+    if theirs != (script, FORMAT):
+        raise Fault(f"{path} was written by {theirs[0]}.py in format {theirs[1]}, and read is what "
+                    f"{script}.py wrote in format {FORMAT}; name another --out_dir")
     return made
 
-def check_made(path, made, script):
-    """That a file was written by this script, in today's format. Raises Fault."""
-    if not isinstance(made, dict) or made.get("format") != FORMAT:
-        raise Fault(f"{path} is of another version of this project, which this one cannot read; "
-                    "delete it or name another --out_dir")
-    if made["script"] != script:
-        raise Fault(f"{path} was written by {made['script']}.py, not {script}.py")
+def read_config(out, script):
+    return read_made(out / "config.json", script)
+
+def load_checkpoint(path, script, **parts):
+    """A checkpoint; networks and optimisers given by name take their states. Raises Fault."""
+    saved = read_made(path, script)
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    except (KeyError, ValueError, RuntimeError):
+        raise Fault(f"{path} does not fit these settings and clips; name another --out_dir")
+    return saved
+
+def restore(path, script, cfg, **parts):
+    """With --resume load_checkpoint, if there is one, else what a training starts from."""
+    if cfg.resume and path.exists():
+        return load_checkpoint(path, script, **parts)
+    return dict(step=0, log=[])
 
 @contextmanager
 def written_aside(path):
@@ -1151,56 +1148,24 @@ def save_json(path, value):
     with written_aside(path) as part:
         part.write_text(json.dumps(value, indent=1, allow_nan=False), encoding="utf-8")
 
-def save_log(path, rows):
-    """Rows (dicts) as CSV; a cell is empty where a row lacks its key."""
-    columns = {"step": None}
-    for row in rows:
-        columns.update(row)
-    with written_aside(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, columns)
-        table.writeheader()
-        table.writerows(rows)
-
 def save_checkpoint(out, script, cfg, log, name="ckpt", **state):
     """NAME.pt of a run, and its losses: log.csv, or of an earlier stage log-NAME.csv."""
     made = dict(script=script, format=FORMAT, config=asdict(cfg), log=log.rows, **state)
     with written_aside(out / f"{name}.pt") as part:
         torch.save(made, part)
-    table = "log.csv" if name == "ckpt" else f"log-{name}.csv"
-    save_log(out / table, log.rows)
-
-def load_checkpoint(path, script):
-    """A checkpoint of this script and of this format; no code in it is run. Raises Fault."""
-    if not path.exists():
-        raise Fault(f"{path} is not there: no such model, or a run that was stopped before its "
-                    "first save, which --resume does again")
-    try:
-        made = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # truncated, garbage, a pickle with code: each raises something else
-        raise Fault(f"{path} is not a readable checkpoint ({type(e).__name__}); delete it or name "
-                    "another --out_dir")
-    check_made(path, made, script)
-    return made
-
-def restore(path, script, cfg, **parts):
-    """With --resume, the state of networks and optimisers, and all that was saved with it.
-
-    Else, or if there is no such file yet, what a training starts from. Raises Fault.
-    """
-    if not cfg.resume or not path.exists():
-        return dict(step=0, log=[])
-    saved = load_checkpoint(path, script)
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-    except (KeyError, RuntimeError):
-        raise Fault(f"{path} does not fit these settings and clips; name another --out_dir")
-    return saved
+    columns = {"step": None}
+    for row in log.rows:
+        columns.update(row)
+    lines = [",".join(columns)]
+    for row in log.rows:
+        lines.append(",".join(str(row.get(column, "")) for column in columns))
+    with written_aside(out / ("log.csv" if name == "ckpt" else f"log-{name}.csv")) as part:
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 class Log:
     """The losses of a training: a progress bar; means over 50 steps as rows of log.csv.
 
-    From its making to its closing, Ctrl-C only sets `interrupted`, for a save between two steps.
+    Until it is closed a first Ctrl-C only sets `interrupted`, for a save between two steps.
     """
 
     def __init__(self, steps, done=0, rows=(), name="training"):
@@ -1208,15 +1173,15 @@ class Log:
         self.rows = list(rows)
         self.recent = []
         self.bar = tqdm(total=steps, initial=done, desc=name)
-        before = self.rows[-1]["seconds"] if self.rows else 0
-        self.began = time.time() - before
+        self.began = time.time()
+        if rows:
+            self.began -= rows[-1]["seconds"]
         self.interrupted = False
-        self.handlers = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.handlers[number] = signal.signal(number, self.interrupt)
+        both = (signal.SIGINT, signal.SIGTERM)
+        self.handlers = {number: signal.signal(number, self.interrupt) for number in both}
 
     def interrupt(self, number, frame):
-        if self.interrupted:  # the second time: at once
+        if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
 
@@ -1226,84 +1191,67 @@ class Log:
             signal.signal(number, handler)
 
     def add(self, step, **losses):
-        """Note the losses of a step, scalar tensors; returns whether Ctrl-C asks for an end.
-
-        Raises Fault if a loss is not finite.
-        """
+        """Note losses, scalar tensors; returns whether Ctrl-C asks for an end. Raises Fault."""
         stop = self.interrupted
         self.recent.append(torch.stack([loss.detach() for loss in losses.values()]))
         self.bar.update()
         if step % 50 and step != self.steps and not stop:
             return False  # to read the losses more often would stall a GPU
-        recent = torch.stack(self.recent).cpu()  # (steps since the last row, losses)
-        broken = ~recent.isfinite()
-        if broken.any():
+        means = dict(zip(losses, torch.stack(self.recent).mean(0).tolist()))
+        if stop or not all(map(math.isfinite, means.values())):
             self.close()
-            row, column = broken.nonzero()[0].tolist()
-            first = step - len(recent) + 1 + row
-            raise Fault(f"the loss {list(losses)[column]} is not finite at step {first}; try a "
-                        "lower learning rate; what was saved before is intact")
-        means = dict(zip(losses, recent.mean(0).tolist()))
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                raise Fault(f"the loss {name} is not finite, of {len(self.recent)} steps to "
+                            f"{step}; try a lower learning rate; what was saved is intact")
+        self.recent = []
         seconds = round(time.time() - self.began, 2)
         self.rows.append({"step": step, **means, "seconds": seconds})
-        self.bar.set_postfix({name: f"{v:.4f}" for name, v in means.items()})
-        self.recent = []
-        if stop:
-            self.close()
+        self.bar.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()})
         return stop
 
 def write_results(out, script, cfg, device, dataset, rows, began, **more):
-    """results.json: what was run, on what, and the rows of its table; strict JSON."""
-    results = dict(
+    """results.json: what was run, on what, and the rows of its table."""
+    save_json(out / "results.json", dict(
         script=script, command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         preset=cfg.preset, seed=cfg.seed, device=str(device), torch=torch.__version__,
-        wall_s=round(time.time() - began, 1), dataset=dataset, rows=rows, **more,
-    )
-    save_json(out / "results.json", results)
+        wall_s=round(time.time() - began, 1), dataset=dataset, rows=rows, format=FORMAT, **more,
+    ))
 
 def table(rows, columns):
     """Rows (dicts) as aligned text; columns maps a row key to (heading, format)."""
-    lines = [[heading for heading, _ in columns.values()]]
-    for row in rows:
-        cells = []
-        for key, (_, form) in columns.items():
+    lines = [""] * (1 + len(rows))
+    for key, (heading, form) in columns.items():
+        cells = [heading]
+        for row in rows:
             value = row.get(key)
             cells.append("-" if value is None else format(value, form))
-        lines.append(cells)
-    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
-    text = []
-    for first, *others in lines:
-        line = first.ljust(widths[0])
-        for cell, width in zip(others, widths[1:]):
-            line += "  " + cell.rjust(width)
-        text.append(line)
-    return "\n".join(text)
+        width = max(len(cell) for cell in cells)
+        for k, cell in enumerate(cells):
+            lines[k] += "  " + cell.rjust(width) if lines[k] else cell.ljust(width)
+    return "\n".join(lines)
 
-def sheet(rows, heads, scale=2, left=90):
-    """A labelled contact sheet: rows of (label, uint8 (N, 3, H, W)), heads over the columns."""
-    size = rows[0][1].shape[-1] * scale
-    columns = max(len(frames) for _, frames in rows)
-    page = Image.new("RGB", (left + columns * (size + 2), 16 + len(rows) * (size + 2)), "white")
+def sheet(rows, heads, width=64, left=90):
+    """A labelled page: rows of (label, uint8 (N, 3, H, W)) shown `width` wide, heads above."""
+    size = rows[0][1].shape[-1]
+    scale = max(1, width // size)
+    step = size * scale + 2
+    page = Image.new("RGB", (left + len(heads) * step, 16 + len(rows) * step), "white")
     draw = ImageDraw.Draw(page)
-    font = ImageFont.load_default(11)
-    small = ImageFont.load_default(9)
     for k, head in enumerate(heads):
-        draw.text((left + k * (size + 2), 2), str(head), "black", small)
+        draw.text((left + k * step, 2), str(head), "black", ImageFont.load_default(9))
     for r, (label, frames) in enumerate(rows):
-        top = 16 + r * (size + 2)
-        draw.multiline_text((2, top + 2), label, "black", font)
-        for k, frame in enumerate(frames):
-            image = Image.fromarray(frame.permute(1, 2, 0).cpu().numpy())
-            page.paste(image.resize((size, size), Image.NEAREST), (left + k * (size + 2), top))
+        draw.text((2, 18 + r * step), label, "black", ImageFont.load_default(11))
+        large = frames.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+        for k, frame in enumerate(large.permute(0, 2, 3, 1).numpy()):
+            page.paste(Image.fromarray(frame), (left + k * step, 16 + r * step))
     return page
 
 def save_pages(path, pages, ms=80):
     """One page as PNG, or several as an animated GIF that loops."""
-    animation = {}
-    if path.suffix == ".gif":
-        animation = dict(save_all=True, append_images=pages[1:], duration=ms, loop=0)
     with written_aside(path) as part:
-        pages[0].save(part, path.suffix[1:].upper(), **animation)
+        pages[0].save(part, path.suffix[1:], save_all=len(pages) > 1, append_images=pages[1:],
+                      duration=ms, loop=0)
 
 def save_sheet(path, videos, left=90):
     """Ten frames of the first clip of each kind; videos {label: uint8 (N, T, 3, H, W)}."""
@@ -1311,45 +1259,38 @@ def save_sheet(path, videos, left=90):
     shown = sorted({round(last * (k / 9) ** 1.6) for k in range(10)})  # early ones closer
     rows = []
     for label, video in videos.items():
-        there = [frame for frame in shown if frame < video.shape[1]]
-        rows.append((label, video[0, there]))
-    save_pages(path, [sheet(rows, shown, scale=max(1, 64 // video.shape[-1]), left=left)])
+        rows.append((label, video[0, [k for k in shown if k < video.shape[1]]]))
+    save_pages(path, [sheet(rows, shown, left=left)])
 
 def save_gif(path, videos, width=64, every=1, ms=80):
-    """The first four clips of each kind beside each other; a shorter one rests at its end."""
+    """Four clips of each kind beside each other; few are repeated, short ones rest at their end."""
     pages = []
-    for frame in range(0, max(video.shape[1] for video in videos.values()), every):
+    for t in range(0, max(video.shape[1] for video in videos.values()), every):
         rows = []
         for i in range(min(4, max(len(video) for video in videos.values()))):
-            there = [video for video in videos.values() if i < len(video)]
-            row = [video[i, min(frame, video.shape[1] - 1)] for video in there]
+            row = [v[i % len(v), min(t, v.shape[1] - 1)] for v in videos.values()]
             rows.append(("", torch.stack(row)))
-        pages.append(sheet(rows, videos, max(1, width // row[0].shape[-1]), left=2))
+        pages.append(sheet(rows, videos, width, left=2))
     save_pages(path, pages, ms)
 
 def save_changes(out, videos, prompts, judged):
-    """sheet.png and samples.gif of what guidance changed; videos {label: uint8 (N, T, 3, H, W)}.
+    """sheet.png and samples.gif of what guidance changed: videos {label: uint8 (N, T, 3, H, W)}.
 
-    videos: without and with it, in this order. The sheet shows the first four clips that it turned
-    coherent and the first two that it broke; where nothing judges, the first six. The gif: the
-    first four of those.
+    videos: without and with it. Six clips are shown: the first that it turned coherent or broke,
+    then others; where nothing judges, the first.
     """
     before, after = videos.values()
-    chosen = {k: "" for k in range(min(6, len(before)))}
+    gain = torch.zeros(len(before), dtype=torch.int)
     if judged:
-        was = judge(before, prompts)["coherent"]
-        now = judge(after, prompts)["coherent"]
-        mended = (now > was).nonzero().flatten().tolist()
-        broken = (now < was).nonzero().flatten().tolist()
-        print(f"of {len(was)} clips guidance turned {len(mended)} coherent and broke "
-              f"{len(broken)}; sheet.png shows the first four and two of them")
-        if mended or broken:
-            chosen = {k: "mended: " for k in mended[:4]} | {k: "broken: " for k in broken[:2]}
+        gain = judge(after, prompts)["coherent"].int() - judge(before, prompts)["coherent"].int()
+        print(f"of {len(gain)} clips guidance turned {(gain > 0).sum()} coherent and broke "
+              f"{(gain < 0).sum()}; sheet.png shows the first")
+    chosen = torch.argsort((gain == 0).int(), stable=True)[:6].tolist()
+    words = {0: "", 1: "mended: ", -1: "broken: "}
     rows = []
-    for k, what in chosen.items():
+    for k in chosen:
         for label, video in videos.items():
-            rows.append((f"{what}{label}\n{prompts[k]}"[:60], video[k]))
-    page = sheet(rows, range(before.shape[1]), max(1, 64 // before.shape[-1]), left=210)
-    save_pages(out / "sheet.png", [page])
-    some = {label: video[list(chosen)] for label, video in videos.items()}
+            rows.append((f"{words[int(gain[k])]}{label}\n{prompts[k]}"[:60], video[k]))
+    save_pages(out / "sheet.png", [sheet(rows, range(before.shape[1]), left=210)])
+    some = {label: video[chosen] for label, video in videos.items()}
     save_gif(out / "samples.gif", some, width=96, ms=150)

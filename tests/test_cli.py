@@ -244,7 +244,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_checkpoint_is_overwritten(
     before = content(tmp_path / "o")
     at_step(monkeypatch, 2, lambda loss: loss * float("nan"))
     status, _, err = run("--out_dir", "o", "--resume", tiny=False)
-    assert status == 2 and "error: the loss flow is not finite at step 5; " in err
+    assert status == 2 and "error: the loss flow is not finite, of 3 steps to 6; " in err
     assert content(tmp_path / "o") == before
 
 
@@ -364,7 +364,7 @@ def test_a_run_goes_on_from_elsewhere_with_its_clips_moved(run, here, monkeypatc
 def test_a_run_on_real_clips_does_not_go_on_with_others(run, here):
     Image.new("RGB", (16, 16), "red").save(here / "data" / "sky" / "c0" / "5.png")
     before = content(here)
-    refused(run("--resume", tiny=False), "clips are not those of the run in out/biflow-sky")
+    refused(run("--resume", tiny=False), "out/biflow-sky was trained on other clips")
     assert content(here) == before
 
 
@@ -432,7 +432,7 @@ def test_without_a_run_the_shipped_model_continues_the_picture(run, out, monkeyp
     shutil.rmtree(out)
     monkeypatch.setattr(biflow, "SHIPPED", Path("shipped.pt"))
     status, text, _ = run("--first", "a.png", "--frames", 32, tiny=False)
-    assert status == 0 and "shipped.pt: sky, 6 steps; BI-FLOW with eps 0.1" in text
+    assert status == 0 and "shipped.pt: sky, 6 steps\n" in text
     assert len(pages_of("out/biflow-first.gif")) == 32
 
 
@@ -475,7 +475,7 @@ def test_a_run_that_is_named_and_not_there_is_not_replaced_by_the_shipped_model(
     ("--eps=", "--eps"),
     ("--joint one", "--joint"),
     ("--eval_only", "nothing to continue"),
-    ("--out_dir file/below", "cannot write file/below"),
+    ("--out_dir file/below", "cannot write into file"),
 ])
 def test_bad_input_is_one_clear_line_and_nothing_is_written(run, tmp_path, flags, says):
     (tmp_path / "file").write_text("not a folder")

@@ -210,7 +210,7 @@ def test_a_cut_checkpoint_is_refused_and_left_alone(script, how, runner, whole):
     (out / "ckpt.pt").write_bytes((out / "ckpt.pt").read_bytes()[:5000])
     before = content(out)
     result = runner(script)("--out_dir", "o", how, tiny=False)
-    ends_in_one_line(result, "ckpt.pt is not a readable checkpoint")
+    ends_in_one_line(result, "ckpt.pt is not a readable file of")
     assert content(out) == before
 
 
@@ -333,7 +333,8 @@ for name in {list(TINY)}:
     assert script.common.__name__ == "package.common" and script.Fault is script.common.Fault
 assert common.mine
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
