@@ -681,7 +681,7 @@ def continue_picture(cfg, device):
     folder = common.find_run("biflow", cfg.dataset, cfg.out_dir)
     if folder is not None:
         saved = common.load_checkpoint(folder / "ckpt.pt", "biflow")
-        eps = common.read_json(folder / "results.json")["reported_eps"]
+        eps = common.read_made(folder / "results.json", "biflow")["reported_eps"]
     elif cfg.out_dir or cfg.dataset != "sky":
         raise Fault(f"--first: there is no run on {cfg.dataset} in {cfg.out_dir or 'out/'}; "
                     "train one, or leave --out_dir and --dataset out for the shipped networks")

@@ -1415,7 +1415,7 @@ def first_picture(args):
         rows = []
         for row, label in enumerate(("without", "with")):
             rows.append((label, torch.stack([frame(pair[row], page) for pair in columns.values()])))
-        pages.append(common.sheet(rows, columns, scale=2, left=60))
+        pages.append(common.sheet(rows, columns, width=128, left=60))
     path = ROOT / "assets" / "grid.gif"
     common.save_pages(path, pages, ms=100)
     print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
