@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-FORMAT = 2  # of config.json and checkpoints; another number cannot be read
+FORMAT = 3  # of config.json, checkpoints and results.json; another number cannot be read
 
 class Fault(Exception):
     """Something the user can mend: shown as one line, exit status 2."""

@@ -508,7 +508,7 @@ def test_a_checkpoint_of_another_format_is_a_fault(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(common, "FORMAT", 1)
         common.save_checkpoint(tmp_path, "a", Small(), log_of())
-    with says("in format 1, .* wrote in format 2"):
+    with says("in format 1, .* wrote in format 3"):
         common.load_checkpoint(tmp_path / "ckpt.pt", "a")
 
 
