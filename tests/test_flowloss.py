@@ -13,7 +13,7 @@ from PIL import Image
 import common
 import flowloss
 from common import edm_weight, karras_sigmas
-from conftest import refused, tensors
+from conftest import refused
 from flowloss import Config, TinyRAFT, correlation, flow_difference, flow_loss, gate, look_up
 from flowloss import recon_loss, upsample, visible, warp
 
