@@ -218,9 +218,9 @@ def hairer_first_step(field, x, slope, args, tol):
 def solve_heun(field, x, args=(), tol=1e-2, max_evals=2000):
     """Adaptive Heun 2(1) with an integral step-size controller, every sample at steps of its own.
 
-    field(x, k, *args) -> dx/dk, like x (B, ...), at k (B,); the rows of args follow the samples: one
-    that has arrived leaves the batch. Returns x at k = 1, evaluations (B,) and tried steps (B,).
-    FloatingPointError: a broken field.
+    field(x, k, *args) -> dx/dk, like x (B, ...), at k (B,); the rows of args follow the samples,
+    of which one that has arrived leaves the batch. Returns x at k = 1, evaluations (B,) and tried
+    steps (B,). FloatingPointError: a broken field.
     """
     result = torch.empty_like(x)
     row = torch.arange(len(x), device=x.device)  # of result: where each sample of x belongs
@@ -482,9 +482,10 @@ def train(cfg, nets, clips, out, device):
                 loss_v, loss_n = biflow_loss(net, x0, x1, t, alpha, n)
                 losses = {"biflow_v": loss_v.mean(), "biflow_n": loss_n.mean()}
 
+            loss = sum(losses.values())  # Eq. 5, where there are two
             optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
             optimizer.zero_grad()
-            sum(losses.values()).backward()
+            loss.backward()
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
             averages[method].update_parameters(net)

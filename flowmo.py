@@ -1,8 +1,9 @@
 """FlowMo (Shaulov, Hazan, Wolf and Chefer, NeurIPS 2025), https://arxiv.org/abs/2506.01144
 
-A text-to-video model's own prediction tells how restless the motion will be: what differs between
-neighbouring frames of it should vary little over time. FlowMo moves the noisy video, in early steps
-of sampling, so that it varies less at the worst place. Nothing is trained.
+A text-to-video model's own prediction tells how restless the motion will
+be: what differs between neighbouring frames of it should vary little over
+time. FlowMo moves the noisy video, in early steps of sampling, so that it
+varies less at the worst place. Nothing is trained.
 
     Eq. 1   flow matching   z_t = (1 - t) z_1 + t z_0,  u(z_t, t) -> z_0 - z_1
                             z_0: noise, at t = 1; z_1: the video, at t = 0
@@ -14,16 +15,17 @@ of sampling, so that it varies less at the worst place. Nothing is trained.
     Eq. 8   loss            L = max_{w,h} s_{w,h}
     Eq. 9   guidance        z <- z - eta grad_z L               then u is evaluated again
 
-The optimiser of Eq. 9 is Adam, new at every step. Its first step divides a gradient by its own
-size, so every element of z that L depends on moves by eta. Left out: Eqs. 4 and 5, pictures of the
-clean estimate z - t u, and Eq. 6, a sampler's step that is misprinted.
+The optimiser of Eq. 9 is Adam, new at every step. Its first step divides
+a gradient by its own size, so every element of z that L depends on moves
+by eta. Left out: Eqs. 4 and 5, pictures of the clean estimate z - t u,
+and Eq. 6, a sampler's step that is misprinted.
 
     python flowmo.py                                    # 2 minutes on two cores
     python flowmo.py --prompt "a red circle moving up"  # one gif, without and with it
     python flowmo.py --train --preset tiny              # the shipped model anew: 50 minutes
 
-The first samples prompts from the same noise without FlowMo, with a random step as large, and with
-FlowMo. It prints how many clips move as one thing, which tracking the shape tells.
+A run prints how many clips move as one thing, told by tracking the shape:
+without guidance, with random steps as large, and with FlowMo.
 """
 import math
 import os

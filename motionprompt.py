@@ -1,8 +1,9 @@
 """MotionPrompt (Nam, Kim, Lee and Ye, CVPR 2025), https://arxiv.org/abs/2411.15540
 
-A prompt acts on all frames at once. MotionPrompt appends a token to it, and moves the token's
-embedding while it samples, so that the optical flow between frames of the clean estimate looks to a
-discriminator like flow of real video. No weight of the video model changes, nor does the prompt.
+A prompt acts on all frames at once. MotionPrompt appends a token to it,
+and moves the token's embedding while it samples, so that the optical flow
+between frames of the clean estimate looks to a discriminator like flow of
+real video. No weight of the video model changes, nor does the prompt.
 
     append     T0 = embedding of a word like 'authentic'; c(T) = text encoder of (prompt, T)
     Tweedie    x_{0|t} = D(x; sigma, c(T))                          the clean estimate
@@ -15,9 +16,10 @@ discriminator like flow of real video. No weight of the video model changes, nor
                guidance (CFG)
     window     only at levels of noise in between; the other steps have the plain prompt
 
-The paper was not at hand: the equations come from notes on it, without their numbers, and what they
-leave open is marked "paper silent". The video model is that of flowmo.py, trained as flow matching
-and read here as EDM's denoiser:
+The paper was not at hand: the equations come from notes on it, without
+their numbers, and what they leave open is marked "paper silent". The
+video model is that of flowmo.py, trained as flow matching and read here
+as EDM's denoiser:
 
     t = sigma / (1 + sigma)     z = x / (1 + sigma)     D(x; sigma) = z - t u(z, t)
 
