@@ -67,7 +67,7 @@ class Config:
     model: str = opt("", "a base.pt of --train to start from; empty: the shipped one")
     resume: bool = opt(False, "go on with the run in the output folder", free=True)
     eval_only: bool = opt(False, "evaluate the run in the output folder again", free=True)
-    out_dir: str = opt("", "the run's folder; else out/flowloss-DATASET[-procedural]", free=True)
+    out_dir: str = opt("", "else out/flowloss-DATASET[-procedural]", free=True)
     device: str = opt("auto", "auto (cuda if it is there, else cpu), cpu, cuda, mps", free=True)
     compile: bool = opt(False, "torch.compile the video networks", free=True)
     amp: bool = opt(False, "bfloat16 autocast inside the networks")
@@ -734,7 +734,7 @@ def main():
     began = time.time()
     cfg = common.parse_args("flowloss", Config, PRESETS, __doc__)
     trains = cfg.train and not cfg.eval_only
-    if bool(cfg.first) + bool(cfg.train) + bool(cfg.model) > 1:
+    if len([flag for flag in (cfg.first, cfg.train, cfg.model) if flag]) > 1:
         raise Fault("--train makes a model, --model loads one, --first has its own: one alone")
     device = common.pick_device(cfg.device)
     if cfg.first:
