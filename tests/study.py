@@ -256,10 +256,12 @@ def biflow_curve_table(args):
         for axis, found, key in ((axes[0], results, "distance"), (axes[1], imagenet, "all")):
             if name not in found:
                 continue
-            seeds = [[row[key] for row in of_seeds] for of_seeds in found[name].values()]
-            line, = axis.plot(minutes, [np.mean(s) for s in seeds], label=name)
-            for x, values in zip(minutes, seeds):
-                axis.plot([x] * len(values), values, ".", color=line.get_color())
+            x = [ms * length / 60000 for length in found[name]]
+            means = [np.mean([row[key] for row in of_seeds]) for of_seeds in found[name].values()]
+            line, = axis.plot(x, means, label=name)
+            for minute, of_seeds in zip(x, found[name].values()):
+                for row in of_seeds:
+                    axis.plot(minute, row[key], ".", color=line.get_color())
         for length, minute in zip(lengths, minutes):
             of_seeds = lengths[length]
             cells = [over_seeds(of_seeds, key) for key in ("distance", "last_window")]
@@ -269,7 +271,7 @@ def biflow_curve_table(args):
             rows.append([name, length, f"{minute:.0f}", mean, *cells, f"{evaluations:.1f}",
                          over_seeds(seen, "all"), over_seeds(seen, "last")])
     for axis, title in zip(axes, ("distance, our features", "distance, ImageNet features")):
-        axis.set(xscale="log", yscale="log", xlabel="minutes of training, one core", title=title)
+        axis.set(xlabel="minutes of training, one core", title=title)
         axis.legend()
     Path(args.out).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(args.out) / "biflow-curve.png", dpi=110)
