@@ -445,7 +445,7 @@ def train(cfg, nets, clips, out, device):
     saved = common.restore(out / "ckpt.pt", "biflow", cfg)
     steps = saved.get("steps", {})  # of training that each method has had
     optimizers = saved.get("optimizers", {})  # their states, of those in the midst of it
-    for method in steps.keys() - nets.keys():  # the run has them, whether asked for again or not
+    for method in sorted(steps.keys() - nets.keys()):  # the run has them, asked for again or not
         nets.update(build(replace(cfg, methods=method)).to(device))
     averages = nn.ModuleDict()
     for method, net in nets.items():
@@ -696,6 +696,8 @@ def continue_picture(cfg, device):
     first = to_float(common.read_picture(cfg.first, made.size))[None].to(device)  # (1, 3, H, W)
     videos = {}
     for method, net in nets.items():
+        if method == "biflow" and eps is None:
+            continue  # its solver broke down at every noise level
         step = make_step(method, net, eps, make_heun(cfg.tol))
         name = METHODS[method]
         videos[name] = roll(step, first, cfg.frames or 64, cfg.seed, name)[0]
